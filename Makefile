@@ -1,0 +1,42 @@
+# make demo   train a real small model on this machine, and see what it learned
+# make test   everything that the project promises
+#
+# Both install into .venv first. PYTHON=... chooses the Python (3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+SHELL := /bin/bash
+
+.PHONY: install demo demo-pretrain test lint types proto clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "finetuned needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; say make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# MODEL=/folder/of/a/model DATA=/chats.jsonl train your own instead.
+demo: install
+	@$(BIN)/python client/examples/howto/demo.py $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
+
+demo-pretrain: install
+	@$(BIN)/python client/examples/howto/demo.py --pretrain $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)')
+
+test: install
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+proto: install
+	$(BIN)/python proto/generate.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist
