@@ -1,0 +1,1 @@
+"""The daemon: owns tasks, their events and their runs. Never imports torch."""

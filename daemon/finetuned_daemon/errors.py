@@ -1,0 +1,111 @@
+"""What can go wrong with a request, in the daemon's own words.
+
+    DaemonError
+    +-- InvalidRequest      wrong fields, every one of them named
+    +-- NotFound            no resource of that name
+    +-- AlreadyExists       the name is taken
+    +-- WrongState          the resource is not in a state for this
+    +-- StaleEtag           it has changed since the caller saw it
+    +-- CursorOutOfRange    no such place in an event log
+    +-- DiskFull            nothing was written
+    +-- Stopping            the daemon is about to end
+
+Nothing here knows gRPC: `services/edge.py` has the one table from these classes to status codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One wrong field."""
+
+    field: str
+    """Path, such as `training.batch_size`."""
+    message: str
+    """A sentence: what is wrong and what would be right."""
+    reason: str
+    """Stable, in capitals, for front-ends to translate: `OUT_OF_RANGE`, `FILE_NOT_FOUND` ..."""
+
+
+class DaemonError(Exception):
+    """Base of all; `reason` is stable and in capitals."""
+
+    reason = "ERROR"
+
+
+class InvalidRequest(DaemonError):
+    """Wrong fields, every one of them named."""
+
+    reason = "INVALID_FIELDS"
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("; ".join(f"{v.field}: {v.message}" for v in self.violations))
+
+
+class NotFound(DaemonError):
+    """No resource of that name."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind = kind
+        self.name = name
+        self.reason = f"{kind.upper()}_NOT_FOUND"
+        super().__init__(f"there is no {kind} {name!r}")
+
+
+class AlreadyExists(DaemonError):
+    """The name is taken."""
+
+    def __init__(self, kind: str, name: str, reason: str, message: str) -> None:
+        self.kind = kind
+        self.name = name
+        self.reason = reason
+        super().__init__(message)
+
+
+class WrongState(DaemonError):
+    """The resource is not in a state for this."""
+
+    def __init__(self, subject: str, reason: str, message: str) -> None:
+        self.subject = subject
+        self.reason = reason
+        super().__init__(message)
+
+
+class StaleEtag(DaemonError):
+    """It has changed since the caller saw it."""
+
+    reason = "STALE_ETAG"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} has changed since that etag; get it again and decide anew")
+
+
+class CursorOutOfRange(DaemonError):
+    """No such place in an event log."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+class DiskFull(DaemonError):
+    """Nothing was written."""
+
+    reason = "DISK_FULL"
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"no space left for {where}; nothing was changed")
+
+
+class Stopping(DaemonError):
+    """The daemon is about to end; runs go on, and the next daemon takes them over."""
+
+    reason = "DAEMON_STOPPING"
+
+    def __init__(self) -> None:
+        super().__init__("the daemon stops; runs go on, ask again when it is back")

@@ -1,0 +1,1 @@
+"""Events: one durable log per task with dense sequence numbers, and its watchers."""

@@ -1,0 +1,243 @@
+"""Keeps the record of runs.
+
+Every change of a run is written here, with its events, in one transaction.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+
+from pydantic import ValidationError
+
+from finetuned.v1 import event_pb2
+from finetuned_daemon.events import build
+from finetuned_daemon.events.log import EventLog
+from finetuned_daemon.runs.bundle import Bundle
+from finetuned_daemon.runs.contract import (
+    CheckpointDeleted,
+    CheckpointSaved,
+    EndReason,
+    LogLine,
+    Payload,
+    PhaseChange,
+    ProcessIdentity,
+    Progress,
+    Result,
+    RunPhase,
+    StopWish,
+)
+from finetuned_daemon.runs.process import Exit
+from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.records import Records
+from finetuned_daemon.tasks import ENDS, Run, Task, TaskState, check_transition, now_us
+
+_log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Run records, task records and events, changed together or not at all."""
+
+    def __init__(self, database: Database, records: Records, events: EventLog) -> None:
+        self._database = database
+        self._records = records
+        self._events = events
+
+    def task_of(self, run: Run) -> Task:
+        """The task of a run; there is always one."""
+        task = self._records.task_by_key(run.task_key)
+        if task is None:
+            raise AssertionError(f"run {run.key} has no task")
+        return task
+
+    def enqueue(
+        self, task: Task, run: Run, also: Callable[[sqlite3.Connection, Task], None] | None = None
+    ) -> tuple[Task, Run]:
+        """Puts a new run of a task into the queue; `also` writes more in the same transaction.
+
+        A task that is not in the database yet is created with it.
+        """
+        check_transition(task.state, TaskState.QUEUED)
+        now = now_us()
+        with self._database.transaction(durable=True) as connection:
+            if not task.key:
+                task = self._records.insert_task(connection, task)
+            run = replace(run, task_key=task.key, create_time=now)
+            run = self._records.insert_run(connection, run)
+            event = build.state_change(now, run.number, task.state, TaskState.QUEUED)
+            task = replace(
+                task,
+                state=TaskState.QUEUED,
+                phase=None,
+                end_reason=None,
+                end_message="",
+                run=run.number,
+                progress=Progress(),
+                last_checkpoint="",
+                start_time=0,
+                end_time=0,
+                update_time=now,
+                revision=task.revision + 1,
+            )
+            self._records.save_task(connection, task)
+            task = replace(task, last_seq=self._events.append(connection, task.key, [event]))
+            if also is not None:
+                also(connection, task)
+        return task, run
+
+    def starting(self, run: Run) -> Run:
+        """Records the intent to start, before the process exists."""
+        now = now_us()
+        run = replace(run, state=TaskState.RUNNING, start_time=now)
+        self._change(
+            run,
+            [
+                build.state_change(now, run.number, TaskState.QUEUED, TaskState.RUNNING),
+                build.reported(now, run.number, PhaseChange(phase=RunPhase.STARTING)),
+            ],
+            state=TaskState.RUNNING,
+            phase=RunPhase.STARTING,
+            start_time=now,
+        )
+        return run
+
+    def started(self, run: Run, identity: ProcessIdentity) -> Run:
+        """Records the process of a run."""
+        run = replace(run, identity=identity)
+        with self._database.transaction(durable=True) as connection:
+            self._records.save_run(connection, run)
+        return run
+
+    def stopping(self, run: Run, stop: StopWish, deadline_seconds: float) -> Run:
+        """Records a wish to stop, durably, before anybody acts on it.
+
+        A wish to save is never taken back.
+        """
+        if run.stop is StopWish.SAVE or run.stop is stop:
+            return run
+        now = now_us()
+        run = replace(run, stop=stop, stop_time=run.stop_time or now)
+        phase = PhaseChange(
+            phase=RunPhase.STOPPING,
+            message="a stop was asked for; a checkpoint is saved"
+            if stop is StopWish.SAVE
+            else "a stop was asked for; nothing is saved",
+            deadline_seconds=deadline_seconds,
+        )
+        self._change(
+            run, [build.reported(now, run.number, phase)], phase=RunPhase.STOPPING, update_time=now
+        )
+        return run
+
+    def ingest(self, run: Run, bundle: Bundle) -> tuple[Run, bool]:
+        """Takes over what the runner has newly reported; True: there is more at once.
+
+        Offset, events and task change in one transaction, so that a crash repeats or skips nothing.
+        """
+        new = bundle.read_events(run.ingested_bytes)
+        if new.end == run.ingested_bytes:
+            return run, False
+        events = list[event_pb2.Event]()
+        changes = dict[str, object]()
+        durable = False
+        seq = run.ingested_seq
+        if new.garbled:
+            events.append(self._remark(run, f"{new.garbled} unreadable lines in its event file"))
+        for line in new.lines:
+            if line.seq != seq + 1:
+                events.append(self._remark(run, f"events {seq + 1} to {line.seq - 1} are missing"))
+            seq = max(seq, line.seq)
+            try:
+                payload = line.parse()
+            except ValidationError as error:
+                events.append(self._remark(run, f"event {line.seq} can't be read: {error}"))
+                continue
+            if payload is None:
+                events.append(self._remark(run, f"unknown event {line.kind!r}"))
+                continue
+            if isinstance(payload, PhaseChange) and payload.phase is RunPhase.STARTING:
+                continue  # said already, when the process was about to start
+            durable |= isinstance(payload, PhaseChange | CheckpointSaved | CheckpointDeleted)
+            events.append(build.reported(int(line.time * 1e6), run.number, payload))
+            changes |= _changes(payload, run)
+        run = replace(run, ingested_bytes=new.end, ingested_seq=seq)
+        of_run = {k: v for k, v in changes.items() if k in ("progress", "last_checkpoint")}
+        run = replace(run, **of_run)  # type: ignore[arg-type]
+        self._change(run, events, durable=durable, **changes)
+        return run, new.more
+
+    def ended(self, run: Run, outcome: Result, exit_: Exit) -> Run:
+        """Records the end of a run."""
+        now = now_us()
+        end = ENDS[outcome.end_reason]
+        check_transition(run.state, end.state)
+        event = build.state_change(
+            now,
+            run.number,
+            run.state,
+            end.state,
+            end_reason=outcome.end_reason,
+            message=outcome.message,
+        )
+        result = build.result(now, run.number, outcome, exit_code=exit_.code, signal=exit_.signal)
+        run = replace(
+            run,
+            state=end.state,
+            end_reason=outcome.end_reason,
+            end_message=outcome.message,
+            end_time=now,
+            exit_code=exit_.code,
+            signal=exit_.signal,
+        )
+        self._change(
+            run,
+            [result, event],
+            state=end.state,
+            phase=None,
+            end_reason=outcome.end_reason,
+            end_message=outcome.message,
+            end_time=now,
+        )
+        return run
+
+    def dequeued(self, run: Run, stop: StopWish) -> Run:
+        """Ends a run that never began."""
+        return self.ended(
+            replace(run, stop=stop, stop_time=now_us()),
+            Result(
+                end_reason=EndReason.STOPPED_BY_USER,
+                message="Stopped in the queue, before it began.",
+            ),
+            Exit(),
+        )
+
+    def _remark(self, run: Run, text: str) -> event_pb2.Event:
+        _log.warning("run %d of task %d: %s", run.number, run.task_key, text)
+        line = LogLine(level="warning", logger="finetuned", text=text)
+        return build.reported(now_us(), run.number, line)
+
+    def _change(
+        self, run: Run, events: list[event_pb2.Event], *, durable: bool = True, **changes: object
+    ) -> None:
+        with self._database.transaction(durable=durable) as connection:
+            self._records.save_run(connection, run)
+            task = self.task_of(run)
+            if changes.keys() - {"progress"}:
+                changes = {"update_time": now_us(), "revision": task.revision + 1, **changes}
+            self._records.save_task(connection, replace(task, **changes))  # type: ignore[arg-type]
+            if events:
+                self._events.append(connection, task.key, events)
+
+
+def _changes(payload: Payload, run: Run) -> dict[str, object]:
+    """What an event changes in its task."""
+    if isinstance(payload, Progress):
+        return {"progress": payload}
+    if isinstance(payload, CheckpointSaved):
+        return {"last_checkpoint": payload.path}
+    if isinstance(payload, PhaseChange):
+        # Once a stop is under way, saving is part of it.
+        return {"phase": RunPhase.STOPPING if run.stop else payload.phase}
+    return {}

@@ -1,0 +1,147 @@
+"""The gRPC server: addresses, services, and the way from start to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from finetuned.v1 import (
+    system_service_pb2,
+    system_service_pb2_grpc,
+    task_service_pb2,
+    task_service_pb2_grpc,
+)
+from finetuned_daemon.config import Config
+from finetuned_daemon.instance import Instance
+from finetuned_daemon.manager import Manager
+from finetuned_daemon.services.edge import Edge
+from finetuned_daemon.services.system_service import SystemService
+from finetuned_daemon.services.task_service import TaskService
+from finetuned_daemon.store.database import Database
+
+_log = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 2.0
+_FLUSH_SECONDS = 0.1
+
+OPTIONS = (
+    ("grpc.so_reuseport", 0),  # two daemons on one port would share its clients
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_concurrent_streams", 1000),
+    # Clients may ping to keep a watch alive, but no more than this.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+
+class BadAddress(ValueError):
+    """An address that the daemon does not serve on; the message says why."""
+
+
+async def serve(config: Config, instance: Instance) -> None:
+    """Serves until SIGTERM, SIGINT or Shutdown; then closes streams and leaves runs alone."""
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    database = Database(config.database)
+    manager = Manager(config, database)
+    edge = Edge(instance.token())
+    server = aio.server(interceptors=[edge], options=OPTIONS)
+    addresses = [f"unix:{config.paths.socket}"]
+    server.add_insecure_port(addresses[0])
+    config.paths.socket.chmod(0o600)
+    if config.listen:
+        host, port = parse_loopback(config.listen)
+        try:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise BadAddress(f"can't serve on {config.listen}: {error}") from error
+        addresses.append(f"{host}:{bound}")
+    statuses = health.aio.HealthServicer()
+    await _add_services(server, config, manager, database, addresses, stopping, statuses)
+    # Runs first, clients second: nobody is told of a run that is only about to be adopted.
+    manager.recover()
+    await server.start()
+    instance.announce(addresses)
+    _log.info("serving on %s", ", ".join(addresses))
+    await stopping.wait()
+    _log.info("stopping; runs go on")
+    await statuses.enter_graceful_shutdown()
+    manager.events.wake_all()
+    # gRPC itself would wait for idle connections too, and an idle client may never look at its
+    # connection.
+    await edge.wait_until_idle(_GRACE_SECONDS)
+    await server.stop(_FLUSH_SECONDS)
+    await manager.close()
+    database.close()
+
+
+def parse_loopback(address: str) -> tuple[str, int]:
+    """Host and port of a loopback address, `127.0.0.1:PORT` or `[::1]:PORT`; port 0.
+
+    Any that is free.
+
+    Raises:
+        BadAddress: Anything else.
+    """
+    host, colon, port = address.rpartition(":")
+    bare = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    try:
+        is_loopback = ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        is_loopback = False
+    if (
+        not colon
+        or not is_loopback
+        or not port.isascii()
+        or not port.isdigit()
+        or int(port) > 65535
+    ):
+        raise BadAddress(
+            f"{address!r}: only loopback, such as 127.0.0.1:7411 (port 0: any), is served without "
+            "encryption; to reach it from elsewhere forward the port over ssh"
+        )
+    return (f"[{bare}]" if ":" in bare else bare), int(port)
+
+
+async def _add_services(
+    server: aio.Server,
+    config: Config,
+    manager: Manager,
+    database: Database,
+    addresses: list[str],
+    stopping: asyncio.Event,
+    statuses: health.aio.HealthServicer,
+) -> None:
+    task_service_pb2_grpc.add_TaskServiceServicer_to_server(
+        TaskService(manager, heartbeat_seconds=config.heartbeat_seconds, stopping=stopping), server
+    )
+    system_service_pb2_grpc.add_SystemServiceServicer_to_server(
+        SystemService(
+            config,
+            manager,
+            addresses=addresses,
+            schema_version=database.schema_version,
+            shut_down=stopping.set,
+        ),
+        server,
+    )
+    names = [
+        file.services_by_name[name].full_name
+        for file in (task_service_pb2.DESCRIPTOR, system_service_pb2.DESCRIPTOR)
+        for name in file.services_by_name
+    ]
+    for name in ["", *names]:
+        await statuses.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
+    reflection.enable_server_reflection(
+        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )

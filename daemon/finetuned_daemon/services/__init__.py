@@ -1,0 +1,4 @@
+"""One thin servicer per proto service: decode, call, encode.
+
+`edge.py` turns errors into status codes.
+"""

@@ -1,0 +1,1 @@
+"""SQLite: tasks, runs, events, answered requests. The only place with SQL."""

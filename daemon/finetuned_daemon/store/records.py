@@ -1,0 +1,257 @@
+"""Tasks, runs and answered requests as rows."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import replace
+
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.runs.contract import (
+    EndReason,
+    ProcessIdentity,
+    Progress,
+    RunPhase,
+    StopWish,
+    TrainingType,
+)
+from finetuned_daemon.store.database import Database
+from finetuned_daemon.tasks import Run, Task, TaskState
+
+
+class Records:
+    """Reads and writes of whole tasks and runs. Writes take the connection of a transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # --- tasks
+
+    def task(self, task_id: str) -> Task | None:
+        """The task of an id."""
+        row = self._database.query_one("SELECT * FROM tasks WHERE task_id = ?", task_id)
+        return None if row is None else _task(row)
+
+    def task_by_key(self, key: int) -> Task | None:
+        """The task of a row."""
+        row = self._database.query_one("SELECT * FROM tasks WHERE key = ?", key)
+        return None if row is None else _task(row)
+
+    def is_display_name_taken(self, display_name: str) -> bool:
+        """Whether a task has this display name."""
+        return (
+            self._database.query_one("SELECT 1 FROM tasks WHERE display_name = ?", display_name)
+            is not None
+        )
+
+    def tasks(
+        self, *, limit: int, before_key: int, states: Sequence[TaskState], display_name: str
+    ) -> list[Task]:
+        """Up to `limit` tasks, newest first; `before_key` 0: from the newest."""
+        where, values = ["1"], list[object]()
+        if before_key:
+            where.append("key < ?")
+            values.append(before_key)
+        if states:
+            where.append(f"state IN ({', '.join('?' * len(states))})")
+            values.extend(state.value for state in states)
+        if display_name:
+            where.append("display_name = ?")
+            values.append(display_name)
+        rows = self._database.query(
+            f"SELECT * FROM tasks WHERE {' AND '.join(where)} ORDER BY key DESC LIMIT ?",  # noqa: S608 - no value in it
+            *values,
+            limit,
+        )
+        return [_task(row) for row in rows]
+
+    def insert_task(self, connection: sqlite3.Connection, task: Task) -> Task:
+        """Writes a new task; returns it with its key."""
+        columns = _task_columns(task)
+        cursor = connection.execute(_insert("tasks", columns), columns)
+        return replace(task, key=int(cursor.lastrowid or 0))
+
+    def save_task(self, connection: sqlite3.Connection, task: Task) -> None:
+        """Writes all of a task but `last_seq`, which belongs to the event log."""
+        columns = _task_columns(task)
+        del columns["last_seq"]
+        connection.execute(_update("tasks", columns), {**columns, "key": task.key})
+
+    def delete_task(self, connection: sqlite3.Connection, task: Task) -> None:
+        """Deletes a task with its runs and events."""
+        connection.execute("DELETE FROM tasks WHERE key = ?", (task.key,))
+
+    # --- runs
+
+    def run(self, task_key: int, number: int) -> Run | None:
+        """A run of a task."""
+        row = self._database.query_one(
+            "SELECT * FROM runs WHERE task_key = ? AND number = ?", task_key, number
+        )
+        return None if row is None else _run(row)
+
+    def runs(self, task_key: int, *, limit: int, before_number: int = 0) -> list[Run]:
+        """Up to `limit` runs of a task, newest first; `before_number` 0: from the newest."""
+        rows = self._database.query(
+            "SELECT * FROM runs WHERE task_key = ? AND (? = 0 OR number < ?) "
+            "ORDER BY number DESC LIMIT ?",
+            task_key,
+            before_number,
+            before_number,
+            limit,
+        )
+        return [_run(row) for row in rows]
+
+    def active_runs(self) -> list[Run]:
+        """Every run that is QUEUED or RUNNING, in the order of the queue."""
+        rows = self._database.query(
+            "SELECT * FROM runs WHERE state IN ('QUEUED', 'RUNNING') ORDER BY key"
+        )
+        return [_run(row) for row in rows]
+
+    def insert_run(self, connection: sqlite3.Connection, run: Run) -> Run:
+        """Writes a new run; returns it with its key."""
+        columns = _run_columns(run)
+        cursor = connection.execute(_insert("runs", columns), columns)
+        return replace(run, key=int(cursor.lastrowid or 0))
+
+    def save_run(self, connection: sqlite3.Connection, run: Run) -> None:
+        """Writes all of a run."""
+        columns = _run_columns(run)
+        connection.execute(_update("runs", columns), {**columns, "key": run.key})
+
+    # --- answered requests
+
+    def answer(self, request_id: str) -> tuple[bytes, bytes] | None:
+        """Digest of the request and serialized answer, if this id was answered."""
+        row = self._database.query_one(
+            "SELECT digest, answer FROM requests WHERE request_id = ?", request_id
+        )
+        return None if row is None else (bytes(row["digest"]), bytes(row["answer"]))
+
+    def save_answer(
+        self,
+        connection: sqlite3.Connection,
+        request_id: str,
+        digest: bytes,
+        answer: bytes,
+        *,
+        now: int,
+        forget_before: int,
+    ) -> None:
+        """Keeps an answer, and drops those older than `forget_before`."""
+        connection.execute("DELETE FROM requests WHERE time < ?", (forget_before,))
+        connection.execute(
+            "INSERT INTO requests (request_id, digest, answer, time) VALUES (?, ?, ?, ?)",
+            (request_id, digest, answer, now),
+        )
+
+
+def _insert(table: str, columns: dict[str, object]) -> str:
+    names = ", ".join(columns)
+    return f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{c}' for c in columns)})"  # noqa: S608 - names are ours
+
+
+def _update(table: str, columns: dict[str, object]) -> str:
+    return f"UPDATE {table} SET {', '.join(f'{c} = :{c}' for c in columns)} WHERE key = :key"  # noqa: S608 - names are ours
+
+
+def _task_columns(task: Task) -> dict[str, object]:
+    return {
+        "task_id": task.task_id,
+        "display_name": task.display_name,
+        "training_type": task.training_type.value,
+        "parameters": task.parameters.model_dump_json(),
+        "device": task.device,
+        "state": task.state.value,
+        "phase": task.phase,
+        "end_reason": task.end_reason,
+        "end_message": task.end_message,
+        "run": task.run,
+        "progress": task.progress.model_dump_json(),
+        "last_checkpoint": task.last_checkpoint,
+        "create_time": task.create_time,
+        "update_time": task.update_time,
+        "start_time": task.start_time,
+        "end_time": task.end_time,
+        "last_seq": task.last_seq,
+        "revision": task.revision,
+    }
+
+
+def _task(row: sqlite3.Row) -> Task:
+    return Task(
+        key=row["key"],
+        task_id=row["task_id"],
+        display_name=row["display_name"],
+        training_type=TrainingType(row["training_type"]),
+        parameters=Parameters.model_validate_json(row["parameters"]),
+        device=row["device"],
+        state=TaskState(row["state"]),
+        phase=RunPhase(row["phase"]) if row["phase"] else None,
+        end_reason=EndReason(row["end_reason"]) if row["end_reason"] else None,
+        end_message=row["end_message"],
+        run=row["run"],
+        progress=Progress.model_validate_json(row["progress"]),
+        last_checkpoint=row["last_checkpoint"],
+        create_time=row["create_time"],
+        update_time=row["update_time"],
+        start_time=row["start_time"],
+        end_time=row["end_time"],
+        last_seq=row["last_seq"],
+        revision=row["revision"],
+    )
+
+
+def _run_columns(run: Run) -> dict[str, object]:
+    return {
+        "task_key": run.task_key,
+        "number": run.number,
+        "state": run.state.value,
+        "device": run.device,
+        "parameters": run.parameters.model_dump_json(),
+        "end_reason": run.end_reason,
+        "end_message": run.end_message,
+        "create_time": run.create_time,
+        "start_time": run.start_time,
+        "end_time": run.end_time,
+        "identity": run.identity.model_dump_json() if run.identity else None,
+        "exit_code": run.exit_code,
+        "signal": run.signal,
+        "progress": run.progress.model_dump_json(),
+        "last_checkpoint": run.last_checkpoint,
+        "run_dir": run.run_dir,
+        "output_dir": run.output_dir,
+        "stop": run.stop,
+        "stop_time": run.stop_time,
+        "ingested_bytes": run.ingested_bytes,
+        "ingested_seq": run.ingested_seq,
+    }
+
+
+def _run(row: sqlite3.Row) -> Run:
+    identity = row["identity"]
+    return Run(
+        key=row["key"],
+        task_key=row["task_key"],
+        number=row["number"],
+        state=TaskState(row["state"]),
+        device=row["device"],
+        parameters=Parameters.model_validate_json(row["parameters"]),
+        end_reason=EndReason(row["end_reason"]) if row["end_reason"] else None,
+        end_message=row["end_message"],
+        create_time=row["create_time"],
+        start_time=row["start_time"],
+        end_time=row["end_time"],
+        identity=ProcessIdentity.model_validate_json(identity) if identity else None,
+        exit_code=row["exit_code"],
+        signal=row["signal"],
+        progress=Progress.model_validate_json(row["progress"]),
+        last_checkpoint=row["last_checkpoint"],
+        run_dir=row["run_dir"],
+        output_dir=row["output_dir"],
+        stop=StopWish(row["stop"]) if row["stop"] else None,
+        stop_time=row["stop_time"],
+        ingested_bytes=row["ingested_bytes"],
+        ingested_seq=row["ingested_seq"],
+    )

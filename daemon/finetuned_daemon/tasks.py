@@ -1,0 +1,186 @@
+"""Tasks and runs: what they are, the state machine, and the table of ends. No gRPC, no SQL."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.runs.contract import (
+    EndReason,
+    ProcessIdentity,
+    Progress,
+    RunPhase,
+    StopWish,
+    TrainingType,
+)
+
+
+class TaskState(StrEnum):
+    """Where a task stands; names as in `finetuned.v1.TaskState`."""
+
+    PENDING = "PENDING"
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    STOPPED = "STOPPED"
+    FAILED = "FAILED"
+
+
+ENDED = frozenset({TaskState.COMPLETED, TaskState.STOPPED, TaskState.FAILED})
+ACTIVE = frozenset({TaskState.QUEUED, TaskState.RUNNING})
+
+TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
+    TaskState.PENDING: frozenset({TaskState.QUEUED}),
+    # A queued task is stopped at once; one that can't be started any more fails.
+    TaskState.QUEUED: frozenset({TaskState.RUNNING, TaskState.STOPPED, TaskState.FAILED}),
+    TaskState.RUNNING: ENDED,
+    TaskState.COMPLETED: frozenset({TaskState.QUEUED}),
+    TaskState.STOPPED: frozenset({TaskState.QUEUED}),
+    TaskState.FAILED: frozenset({TaskState.QUEUED}),
+}
+
+
+@dataclass(frozen=True)
+class End:
+    """What an end reason means."""
+
+    state: TaskState
+    sentence: str
+    """What a user reads where the runner has no better one."""
+
+
+ENDS: dict[EndReason, End] = {
+    EndReason.FINISHED: End(TaskState.COMPLETED, "All epochs are done."),
+    EndReason.EARLY_STOPPED: End(TaskState.COMPLETED, "The evaluation loss improved no more."),
+    EndReason.STEP_LIMIT: End(TaskState.COMPLETED, "max_steps is reached."),
+    EndReason.STOPPED_BY_USER: End(TaskState.STOPPED, "Stopped on request."),
+    EndReason.DEVICE_OUT_OF_MEMORY: End(
+        TaskState.FAILED,
+        "The device ran out of memory; a smaller training.batch_size needs less.",
+    ),
+    EndReason.HOST_OUT_OF_MEMORY: End(TaskState.FAILED, "The machine ran out of memory."),
+    EndReason.DISK_FULL: End(
+        TaskState.FAILED, "No space is left on the disk; checkpoints saved before are whole."
+    ),
+    EndReason.DATASET_INVALID: End(TaskState.FAILED, "The data can't be used."),
+    EndReason.MODEL_UNLOADABLE: End(TaskState.FAILED, "The model can't be loaded."),
+    EndReason.LOSS_NOT_FINITE: End(
+        TaskState.FAILED, "The loss is not a number any more; try a lower learning rate."
+    ),
+    EndReason.DEVICE_LOST: End(TaskState.FAILED, "The device went away."),
+    EndReason.RUNNER_KILLED: End(TaskState.FAILED, "A signal ended the runner."),
+    EndReason.RUNNER_CRASHED: End(TaskState.FAILED, "The runner ended with an error."),
+    EndReason.INTERRUPTED: End(
+        TaskState.FAILED, "The runner ended while no daemon watched, and left no result."
+    ),
+    EndReason.QUOTA_USED_UP: End(TaskState.STOPPED, "The training quota is used up."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One fine-tuning task. Times are microseconds since the epoch; 0: not yet."""
+
+    key: int = 0
+    """Row of the database, in order of creation; never used again."""
+    task_id: str
+    display_name: str
+    training_type: TrainingType
+    parameters: Parameters
+    device: str = ""
+    """As asked for; empty: the first GPU, else the CPU."""
+    state: TaskState = TaskState.PENDING
+    phase: RunPhase | None = None
+    end_reason: EndReason | None = None
+    end_message: str = ""
+    run: int = 0
+    progress: Progress = field(default_factory=Progress)
+    last_checkpoint: str = ""
+    create_time: int = 0
+    update_time: int = 0
+    start_time: int = 0
+    end_time: int = 0
+    last_seq: int = 0
+    revision: int = 1
+
+    @property
+    def name(self) -> str:
+        """Resource name."""
+        return f"tasks/{self.task_id}"
+
+    @property
+    def etag(self) -> str:
+        """Changes with every change but progress."""
+        return f'"{self.key}-{self.revision}"'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a task: one runner process. Times as in `Task`."""
+
+    key: int = 0
+    """Row of the database; its order is the order of the queue."""
+    task_key: int
+    number: int
+    state: TaskState = TaskState.QUEUED
+    device: str
+    parameters: Parameters
+    end_reason: EndReason | None = None
+    end_message: str = ""
+    create_time: int = 0
+    start_time: int = 0
+    end_time: int = 0
+    identity: ProcessIdentity | None = None
+    """The runner's process, once it is known."""
+    exit_code: int | None = None
+    signal: str = ""
+    progress: Progress = field(default_factory=Progress)
+    last_checkpoint: str = ""
+    run_dir: str = ""
+    output_dir: str = ""
+    stop: StopWish | None = None
+    """The wish to stop; durable before anything is sent to the runner."""
+    stop_time: int = 0
+    ingested_bytes: int = 0
+    """How far its `events.jsonl` has been taken over."""
+    ingested_seq: int = 0
+
+
+def check_transition(old: TaskState, new: TaskState) -> None:
+    """Holds the state machine; a violation is a bug of ours, never bad input."""
+    if new not in TRANSITIONS[old]:
+        raise AssertionError(f"no way from {old} to {new}")
+
+
+def now_us() -> int:
+    """The present in microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+# --- names
+
+TASK_ID = re.compile(r"[a-z][a-z0-9-]{2,61}[a-z0-9]")
+LONGEST_DISPLAY_NAME = 200
+
+
+def default_display_name(
+    training_type: TrainingType, moment: datetime, is_taken: Callable[[str], bool]
+) -> str:
+    """`{sft|pretrain}_{YYYYMMDD_HHmmss}`; a second one in the same second gets `_2`, and so on."""
+    base = f"{training_type.lower()}_{moment:%Y%m%d_%H%M%S}"
+    name, number = base, 1
+    while is_taken(name):
+        number += 1
+        name = f"{base}_{number}"
+    return name
+
+
+def new_task_id(training_type: TrainingType) -> str:
+    """An id that nobody has: 40 random bits."""
+    return f"{training_type.lower()}-{secrets.token_hex(5)}"

@@ -1,0 +1,161 @@
+"""Checkpoints and outputs that are whole or not there: written aside, made durable, then renamed.
+
+A checkpoint carries `manifest.json` with the name, size and hash of every file: transformers resumes without a word where
+the optimizer's or the random generators' state is missing, and trains on to other results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finetuned_daemon.runs.contract import sync_dir, write_record
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+# What a run can't be continued exactly without; the weights' names vary.
+_REQUIRED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_STAGING_PREFIX = ".tmp-"
+
+
+class CheckpointBroken(Exception):
+    """A folder is no whole checkpoint; the message says why."""
+
+
+class FileEntry(BaseModel):
+    """A file of a checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a checkpoint holds, and what of the run's state transformers doesn't keep."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int = MANIFEST_VERSION
+    step: int
+    num_tokens: int = 0
+    """Tokens trained on so far, without padding."""
+    best_eval_loss: float | None = None
+    """For early stopping: the loss to improve on."""
+    evaluations_without_gain: int = 0
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+    """By path relative to the checkpoint, with forward slashes."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return output_dir / f"checkpoint-{step}"
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder by step, oldest first."""
+    found = []
+    for path in output_dir.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Makes all files of `folder` durable and lists them in its manifest, which is returned complete."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            files[path.relative_to(folder).as_posix()] = _entry(path, durable=True)
+    manifest = manifest.model_copy(update={"files": files})
+    write_record(folder / MANIFEST, manifest)
+    return manifest
+
+
+def verify_checkpoint(folder: Path) -> Manifest:
+    """Reads a checkpoint's manifest and compares every file with it.
+
+    Raises:
+        CheckpointBroken: A file is missing or differs, or there is no manifest.
+    """
+    if not folder.is_dir():
+        raise CheckpointBroken(f"{folder} is no folder")
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointBroken(f"{folder} has no {MANIFEST}") from None
+    except ValidationError as error:
+        raise CheckpointBroken(f"{folder / MANIFEST} can't be read: {error}") from error
+    if manifest.format_version > MANIFEST_VERSION:
+        raise CheckpointBroken(f"{folder} has format {manifest.format_version}, which is newer")
+    for name in _REQUIRED:
+        if name not in manifest.files:
+            raise CheckpointBroken(f"{folder} lacks {name}")
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointBroken(f"{name} is missing in {folder}")
+        if path.stat().st_size != entry.size or _entry(path, durable=False) != entry:
+            raise CheckpointBroken(f"{name} in {folder} is not what was written")
+    return manifest
+
+
+def staging_folder(target: Path) -> Path:
+    """An empty folder beside `target`, in which it is written before it takes its name."""
+    staging = target.with_name(_STAGING_PREFIX + target.name)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def commit(staging: Path, target: Path) -> None:
+    """Gives a sealed folder its name; what had it before goes."""
+    if target.exists():
+        remove_folder(target)
+    os.replace(staging, target)
+    sync_dir(target.parent)
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder that becomes `target` when it is whole and durable."""
+    staging = staging_folder(target)
+    try:
+        write(staging)
+        for path in staging.rglob("*"):
+            sync_dir(path)  # of a file, too, it makes the content durable
+        sync_dir(staging)
+        commit(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that half of it never bears its name."""
+    doomed = folder.with_name(f"{_STAGING_PREFIX}removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+    sync_dir(folder.parent)
+
+
+def _entry(path: Path, *, durable: bool) -> FileEntry:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        if durable:
+            os.fsync(file.fileno())
+        return FileEntry(size=file.tell(), sha256=digest.hexdigest())

@@ -1,0 +1,145 @@
+"""What is wished of a run: `control.json` and SIGTERM, watched by a thread from the first moment to the last."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from enum import Enum, auto
+from pathlib import Path
+from typing import Literal
+
+from finetuned_daemon.runs.contract import CONTROL, Control, EndReason, Result, RunPhase, StopWish
+
+from finetuned_runner.report import Report
+
+_POLL_SECONDS = 0.1
+_HAS_SIGTIMEDWAIT = hasattr(signal, "sigtimedwait")  # Linux; not macOS
+
+_logger = logging.getLogger(__name__)
+
+
+def mask_signals() -> None:
+    """Keeps the terminal's signals and SIGTERM away from this process, its threads and its children.
+
+    To be called before any thread starts. SIGHUP and SIGINT are for the terminal that the daemon was started from. SIGTERM is
+    blocked and fetched by the watching thread: a Python handler would wait for the main thread, which may be minutes inside
+    native code. Data loader workers inherit the mask, so that a SIGTERM to the process group leaves them to their parent.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _HAS_SIGTIMEDWAIT:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+class _Stage(Enum):
+    BEFORE_TRAINING = auto()  # nothing to save: a wish ends the process at once
+    TRAINING = auto()  # the training loop sees to a wish
+    FINISHING = auto()  # the work is done and gets saved
+    ENDED = auto()
+
+
+class Watch:
+    """Watches for wishes, and is the one place where a run's end is decided."""
+
+    def __init__(self, run_dir: Path, report: Report):
+        self._path = run_dir / CONTROL
+        self._report = report
+        self._lock = threading.Lock()
+        self._stage = _Stage.BEFORE_TRAINING
+        self._seen: tuple[int, int, int] | None = None
+        self._signalled = False
+        self.wish: StopWish | None = None
+        """How the run is asked to stop. May turn from DISCARD to SAVE until it is acted upon."""
+        self.cause: Literal["stop", "signal"] = "stop"
+        """Where the wish came from."""
+
+    def start(self) -> None:
+        """Starts watching."""
+        if not _HAS_SIGTIMEDWAIT:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def begin_training(self) -> None:
+        """From here on the training loop sees to a wish."""
+        with self._lock:
+            self._stage = _Stage.TRAINING
+
+    def begin_finishing(self) -> None:
+        """From here on a wish stops nothing that has begun."""
+        with self._lock:
+            self._stage = _Stage.FINISHING
+
+    def end(self, result: Result) -> None:
+        """Writes the result; a wish that comes later changes nothing.
+
+        Raises:
+            OSError: The result can't be written.
+        """
+        with self._lock:
+            self._stage = _Stage.ENDED
+            self._report.finish(result)
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._signalled = True
+
+    def _run(self) -> None:
+        while self._stage is not _Stage.ENDED:
+            try:
+                self._look()
+            except Exception:  # noqa: BLE001 - a watcher that dies would leave a run that can't be stopped
+                _logger.exception("cannot read %s", self._path)
+            if self._wait_for_sigterm():
+                self._take(StopWish.SAVE, "signal")
+
+    def _wait_for_sigterm(self) -> bool:
+        if _HAS_SIGTIMEDWAIT:
+            return signal.sigtimedwait({signal.SIGTERM}, _POLL_SECONDS) is not None
+        time.sleep(_POLL_SECONDS)
+        return self._signalled
+
+    def _look(self) -> None:
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return
+        # Replaced as a whole, so that a new wish is a new inode; the other two are for file systems that reuse them.
+        seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        stop = Control.model_validate_json(self._path.read_bytes()).stop
+        if stop is not None:
+            self._take(stop, "stop")
+
+    def _take(self, stop: StopWish, cause: Literal["stop", "signal"]) -> None:
+        with self._lock:
+            if self._stage is _Stage.ENDED:
+                return
+            if self.wish is not None:
+                # The signal may be the daemon's second step after a wish to discard: that stands. A wish to save wins.
+                if cause == "stop" and stop is StopWish.SAVE:
+                    self.wish = stop
+                return
+            self.wish, self.cause = stop, cause
+            if self._stage is _Stage.FINISHING:
+                return
+            self._report.phase(RunPhase.STOPPING)
+            if self._stage is _Stage.BEFORE_TRAINING:
+                self._exit()
+
+    def _exit(self) -> None:
+        # The main thread may be deep in an import or a load that nothing interrupts; there is nothing of it to keep.
+        try:
+            self._report.finish(
+                Result(
+                    end_reason=EndReason.STOPPED_BY_USER,
+                    message="Stopped before training began; there was nothing to save.",
+                )
+            )
+        finally:
+            sys.stdout.flush()
+            os._exit(0)

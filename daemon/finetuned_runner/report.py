@@ -1,0 +1,138 @@
+"""What a run says of itself: `events.jsonl`, `result.json`, and the log that goes into both events and console."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Literal
+
+from finetuned_daemon.runs.contract import (
+    EVENTS,
+    RESULT,
+    EventLine,
+    LogLine,
+    Notice,
+    Payload,
+    PhaseChange,
+    Result,
+    RunPhase,
+    sync_dir,
+    write_record,
+)
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class Report:
+    """Appends to `events.jsonl`, one event a line, whole or not at all; safe in threads.
+
+    A forked process (a data loader's worker) inherits the object and stays silent: two writers would give a `seq` twice.
+    """
+
+    def __init__(self, run_dir: Path):
+        self._run_dir = run_dir
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._seq = 0
+        self._size = 0
+        self._file = os.open(run_dir / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        sync_dir(run_dir)
+        self.current_phase: RunPhase | None = None
+
+    def emit(self, payload: Payload) -> None:
+        """Appends one event.
+
+        Raises:
+            OSError: It can't be written; the file then ends with the event before.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            line = EventLine.make(self._seq + 1, payload).model_dump_json().encode() + b"\n"
+            try:
+                written = os.write(self._file, line)
+                if written < len(line):  # the disk is full: the next write says so
+                    os.write(self._file, line[written:])
+            except OSError:
+                os.ftruncate(self._file, self._size)
+                raise
+            self._seq += 1
+            self._size += len(line)
+
+    def phase(self, phase: RunPhase, message: str = "") -> None:
+        """Says that the run entered a phase. A run that is stopping enters no other."""
+        with self._lock:
+            if self.current_phase is RunPhase.STOPPING:
+                return
+            self.current_phase = phase
+            self.emit(PhaseChange(phase=phase, message=message))
+
+    def notice(self, field: str, reason: str, message: str) -> None:
+        """Says that a setting was changed, and why.
+
+        Args:
+            field: Path of the parameter, such as `optimization.fp16`.
+            reason: Stable, in capitals, such as `FP16_UNAVAILABLE_ON_CPU`.
+            message: One sentence.
+        """
+        self.emit(Notice(field=field, reason=reason, message=message))
+
+    def sync(self) -> None:
+        """Makes every event so far durable."""
+        os.fsync(self._file)
+
+    def finish(self, result: Result) -> None:
+        """Writes `result.json`, the last thing of a run, when all events are durable.
+
+        Raises:
+            OSError: It can't be written; the exit status is all there is then.
+        """
+        with self._lock:
+            self.sync()
+            write_record(self._run_dir / RESULT, result)
+
+
+class _EventHandler(logging.Handler):
+    def __init__(self, report: Report):
+        super().__init__()
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._report.emit(
+                LogLine(level=_level_name(record.levelno), logger=record.name, text=self.format(record))
+            )
+        except OSError:
+            self.handleError(record)
+
+
+def _level_name(level: int) -> Literal["debug", "info", "warning", "error"]:
+    if level >= logging.ERROR:
+        return "error"
+    if level >= logging.WARNING:
+        return "warning"
+    return "info" if level >= logging.INFO else "debug"
+
+
+def send_logs(report: Report, level: str) -> None:
+    """Sends Python's log and warnings from `level` (debug, info, warning, error) on to the events and to stdout."""
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.setLevel(_LEVELS[level])
+    root.handlers[:] = [_EventHandler(report), console]
+    logging.captureWarnings(True)
+
+
+def send_transformers_logs(level: str) -> None:
+    """Makes transformers' loggers, which keep to themselves by default, follow the root logger."""
+    # Called when transformers is wanted anyway: its import takes seconds.
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(_LEVELS[level])
