@@ -18,6 +18,7 @@ from finetuned_daemon.config import Config
 from finetuned_daemon.devices import Device, choose_device, list_devices
 from finetuned_daemon.errors import (
     AlreadyExists,
+    DiskFull,
     InvalidRequest,
     NotFound,
     StaleEtag,
@@ -50,6 +51,7 @@ _log = logging.getLogger(__name__)
 
 _REQUEST_IDS_KEPT_US = 7 * 24 * 3600 * 1_000_000
 _LONGEST_REQUEST_ID = 64
+_DISK_FULL_RETRY_SECONDS = 5.0
 
 Serialize = Callable[[Task], bytes]
 
@@ -180,15 +182,11 @@ class Manager:
         if validate_only:
             return task
         if start:
-            self._keeper.enqueue(
-                task, self._new_run(task, device), lambda c, t: self._keep_answer(c, request, t)
-            )
-            self._fill_devices()
-        else:
-            with self._database.transaction(durable=True) as connection:
-                task = self.records.insert_task(connection, task)
-                self._keep_answer(connection, request, task)
-        return self.get(task.name)
+            return self._enqueue(task, device, request)
+        with self._database.transaction(durable=True) as connection:
+            task = self.records.insert_task(connection, task)
+            self._keep_answer(connection, request, task)
+        return task
 
     def delete(self, name: str, *, etag: str, allow_missing: bool) -> None:
         """Deletes a task with its runs, events and run folders.
@@ -244,12 +242,7 @@ class Manager:
         answered = self._answered(request)
         if answered is not None:
             return answered
-        task = self._startable(name, etag)
-        self._keeper.enqueue(
-            task, self._new_run(task, device), lambda c, t: self._keep_answer(c, request, t)
-        )
-        self._fill_devices()
-        return self.get(name)
+        return self._enqueue(self._startable(name, etag), device, request)
 
     def stop(self, name: str, *, discard: bool) -> Task:
         """Asks for the end of a run; a queued one ends at once.
@@ -275,12 +268,25 @@ class Manager:
 
     # --- parts
 
+    def _enqueue(self, task: Task, device: str, request: RequestId | None) -> Task:
+        """Queues a new run, and starts it where its device is free; the task as it was queued."""
+        task, _ = self._keeper.enqueue(
+            task, self._new_run(task, device), lambda c, t: self._keep_answer(c, request, t)
+        )
+        self._fill_devices()
+        return task
+
     def _fill_devices(self) -> None:
         """Starts whatever may start now."""
         if self._stopping:
             return
-        for run in scheduler.may_start(self.records.active_runs()):
-            self._supervisor.start(run)
+        try:
+            for run in scheduler.may_start(self.records.active_runs()):
+                self._supervisor.start(run)
+        except DiskFull as error:
+            # What is queued stays queued, and is tried again: there may be room by then.
+            _log.error("%s; queued runs are tried again", error)
+            asyncio.get_running_loop().call_later(_DISK_FULL_RETRY_SECONDS, self._fill_devices)
 
     def _startable(self, name: str, etag: str) -> Task:
         task = self.get(name)

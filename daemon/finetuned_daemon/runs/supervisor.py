@@ -65,6 +65,7 @@ class Supervisor:
         self._keeper = keeper
         self._on_end = on_end
         self._live: dict[int, _Live] = {}
+        self._endings: set[asyncio.Task[None]] = set()
 
     @property
     def count(self) -> int:
@@ -112,7 +113,9 @@ class Supervisor:
 
     def stop(self, run: Run, wish: StopWish) -> Run:
         """Asks a live run to end; returns once the wish is durable."""
-        live = self._live[run.key]
+        live = self._live.get(run.key)
+        if live is None:  # it could not be started, and its end is about to be recorded
+            return run
         before = live.run
         live.run = self._keeper.stopping(live.run, wish, self._patience(wish))
         if live.run is not before:
@@ -160,14 +163,17 @@ class Supervisor:
             )
         except OSError as error:
             reason = EndReason.DISK_FULL if error.errno in _NO_SPACE else EndReason.RUNNER_CRASHED
-            self._keeper.ended(
-                run,
-                Result(end_reason=reason, message=f"The runner can't be started: {error}."),
-                Exit(),
-            )
-            asyncio.get_running_loop().call_soon(self._on_end)
+            outcome = Result(end_reason=reason, message=f"The runner can't be started: {error}.")
+            ending = asyncio.get_running_loop().create_task(self._end(run, outcome, Exit()))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
             return
-        run = self._keeper.started(run, process.identity)
+        try:
+            run = self._keeper.started(run, process.identity)
+        except DiskFull as error:
+            # It runs; who it is stands in process.json too, and is recorded with its first events.
+            _log.error("%s", error)
+            run = replace(run, identity=process.identity)
         self._watch(_Live(run, bundle, process, was_alive=True))
 
     # --- watch
@@ -218,14 +224,17 @@ class Supervisor:
                 console_tail=live.bundle.console_tail(),
             )
         )
+        await self._end(run, outcome, live.process.exit)
+
+    async def _end(self, run: Run, outcome: Result, exit_: Exit) -> None:
         while True:
             try:
-                self._keeper.ended(run, outcome, live.process.exit)
+                self._keeper.ended(run, outcome, exit_)
                 break
             except DiskFull as error:
                 _log.error("%s; trying again", error)
                 await asyncio.sleep(_DISK_FULL_RETRY_SECONDS)
-        del self._live[run.key]
+        self._live.pop(run.key, None)
         _log.info("run %d of task %d ended: %s", run.number, run.task_key, outcome.end_reason)
         self._on_end()
 
@@ -233,7 +242,12 @@ class Supervisor:
 
     def _tell(self, live: _Live) -> None:
         live.stop_since = time.monotonic()
-        live.bundle.write_control(Control(stop=live.run.stop))
+        try:
+            live.bundle.write_control(Control(stop=live.run.stop))
+        except OSError as error:  # a full disk; the signal says the same: save and end
+            _log.warning("the wish can't be written (%s), so SIGTERM says it", error)
+            live.signals.append(signal.SIGTERM)
+            live.process.signal_group(signal.SIGTERM)
 
     def _patience(self, wish: StopWish) -> float:
         if wish is StopWish.SAVE:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator
 from typing import Any
 
-from google.protobuf.message import Message
 from grpc import aio
 
 from finetuned.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
@@ -46,7 +46,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             ),
             start=request.start,
             validate_only=request.validate_only,
-            request=_request_id(request, task_service_pb2.CreateTaskResponse),
+            request=self._request_id(request, task_service_pb2.CreateTaskResponse),
         )
         if isinstance(answer, bytes):
             return task_service_pb2.CreateTaskResponse.FromString(answer)
@@ -95,7 +95,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         answer = await self._manager.start(
             request.name,
             etag=request.etag,
-            request=_request_id(request, task_service_pb2.StartTaskResponse),
+            request=self._request_id(request, task_service_pb2.StartTaskResponse),
         )
         if isinstance(answer, bytes):
             return task_service_pb2.StartTaskResponse.FromString(answer)
@@ -173,28 +173,24 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     def _encode(self, task: Task) -> task_pb2.Task:
         return convert.task(task, self._manager.queue_position(task))
 
-
-def _request_id(
-    request: task_service_pb2.CreateTaskRequest | task_service_pb2.StartTaskRequest,
-    answer: type[task_service_pb2.CreateTaskResponse] | type[task_service_pb2.StartTaskResponse],
-) -> RequestId | None:
-    if not request.request_id:
-        return None
-    violations = check_request_id(request.request_id)
-    if violations:
-        raise InvalidRequest(violations)
-    body = type(request)()
-    body.CopyFrom(request)  # type: ignore[arg-type]
-    body.ClearField("request_id")
-    name = type(request).DESCRIPTOR.name.encode()
-
-    def serialize(task: Task) -> bytes:
-        message: Message = answer(task=convert.task(task, 0))
-        return message.SerializeToString()
-
-    return RequestId(
-        request.request_id, name + b"\0" + body.SerializeToString(deterministic=True), serialize
-    )
+    def _request_id(
+        self,
+        request: task_service_pb2.CreateTaskRequest | task_service_pb2.StartTaskRequest,
+        answer: type[task_service_pb2.CreateTaskResponse | task_service_pb2.StartTaskResponse],
+    ) -> RequestId | None:
+        if not request.request_id:
+            return None
+        violations = check_request_id(request.request_id)
+        if violations:
+            raise InvalidRequest(violations)
+        body = copy.deepcopy(request)
+        body.ClearField("request_id")
+        name = type(request).DESCRIPTOR.name.encode()
+        return RequestId(
+            request.request_id,
+            name + b"\0" + body.SerializeToString(deterministic=True),
+            lambda task: answer(task=self._encode(task)).SerializeToString(),
+        )
 
 
 def _check_page_size(size: int) -> list[Violation]:
