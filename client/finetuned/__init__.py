@@ -1,0 +1,130 @@
+"""Client of the fine-tuning daemon `finetuned`.
+
+    import finetuned
+
+    with finetuned.Client(start_daemon=True) as client:
+        task = client.train(
+            "sft",
+            {"data": {"train_file": "/data/chats.jsonl", "model_path": "/models/small",
+                      "output_dir": "/data/out"}},
+        )
+        for item in client.watch(task.name, until_end=True):
+            print(item)
+
+`AsyncClient` has the same methods for asyncio. Messages such as `Task` and `Event` are those of
+`finetuned.v1`. Names are loaded on first use: `import finetuned` alone takes a millisecond and
+does not import grpc.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from finetuned._version import __version__
+
+if TYPE_CHECKING:
+    from finetuned._aio import AsyncClient as AsyncClient
+    from finetuned._client import Client as Client
+    from finetuned._errors import Aborted as Aborted
+    from finetuned._errors import AlreadyExists as AlreadyExists
+    from finetuned._errors import DaemonNotStarted as DaemonNotStarted
+    from finetuned._errors import DaemonUnavailable as DaemonUnavailable
+    from finetuned._errors import DeadlineExceeded as DeadlineExceeded
+    from finetuned._errors import EventsLost as EventsLost
+    from finetuned._errors import FailedPrecondition as FailedPrecondition
+    from finetuned._errors import FieldViolation as FieldViolation
+    from finetuned._errors import FinetunedError as FinetunedError
+    from finetuned._errors import InternalError as InternalError
+    from finetuned._errors import InvalidArgument as InvalidArgument
+    from finetuned._errors import NotFound as NotFound
+    from finetuned._errors import OutOfRange as OutOfRange
+    from finetuned._errors import PermissionDenied as PermissionDenied
+    from finetuned._errors import PreconditionViolation as PreconditionViolation
+    from finetuned._errors import ResourceExhausted as ResourceExhausted
+    from finetuned._errors import Unauthenticated as Unauthenticated
+    from finetuned._errors import Unimplemented as Unimplemented
+    from finetuned._launch import start_daemon as start_daemon
+    from finetuned._watch import ConnectionLost as ConnectionLost
+    from finetuned._watch import WatchItem as WatchItem
+    from finetuned.v1.event_pb2 import Event as Event
+    from finetuned.v1.parameters_pb2 import Parameters as Parameters
+    from finetuned.v1.system_service_pb2 import Device as Device
+    from finetuned.v1.system_service_pb2 import GetSystemInfoResponse as GetSystemInfoResponse
+    from finetuned.v1.task_pb2 import EndReason as EndReason
+    from finetuned.v1.task_pb2 import Run as Run
+    from finetuned.v1.task_pb2 import RunPhase as RunPhase
+    from finetuned.v1.task_pb2 import Task as Task
+    from finetuned.v1.task_pb2 import TaskState as TaskState
+    from finetuned.v1.task_pb2 import TrainingType as TrainingType
+    from finetuned.v1.task_service_pb2 import Snapshot as Snapshot
+
+__all__ = [
+    "Aborted",
+    "AlreadyExists",
+    "AsyncClient",
+    "Client",
+    "ConnectionLost",
+    "DaemonNotStarted",
+    "DaemonUnavailable",
+    "DeadlineExceeded",
+    "Device",
+    "EndReason",
+    "Event",
+    "EventsLost",
+    "FailedPrecondition",
+    "FieldViolation",
+    "FinetunedError",
+    "GetSystemInfoResponse",
+    "InternalError",
+    "InvalidArgument",
+    "NotFound",
+    "OutOfRange",
+    "Parameters",
+    "PermissionDenied",
+    "PreconditionViolation",
+    "ResourceExhausted",
+    "Run",
+    "RunPhase",
+    "Snapshot",
+    "Task",
+    "TaskState",
+    "TrainingType",
+    "Unauthenticated",
+    "Unimplemented",
+    "WatchItem",
+    "__version__",
+    "start_daemon",
+]
+
+# Where a name lives; what is not here is an error class.
+_HOMES = {
+    "AsyncClient": "_aio",
+    "Client": "_client",
+    "ConnectionLost": "_watch",
+    "WatchItem": "_watch",
+    "start_daemon": "_launch",
+    "Event": "v1.event_pb2",
+    "Parameters": "v1.parameters_pb2",
+    "Device": "v1.system_service_pb2",
+    "GetSystemInfoResponse": "v1.system_service_pb2",
+    "EndReason": "v1.task_pb2",
+    "Run": "v1.task_pb2",
+    "RunPhase": "v1.task_pb2",
+    "Task": "v1.task_pb2",
+    "TaskState": "v1.task_pb2",
+    "TrainingType": "v1.task_pb2",
+    "Snapshot": "v1.task_service_pb2",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'finetuned' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"finetuned.{_HOMES.get(name, '_errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

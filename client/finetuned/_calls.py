@@ -1,0 +1,209 @@
+"""What both clients do, without input or output of its own.
+
+Each operation is a generator that yields the `Call`s to make, is sent their answers, and returns
+the operation's result. `Client` and `AsyncClient` differ only in how they make a call.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from finetuned._errors import FieldViolation, InvalidArgument, NotFound
+from finetuned._parameters import from_mapping
+from finetuned.v1 import system_service_pb2 as system
+from finetuned.v1 import task_service_pb2 as tasks
+from finetuned.v1.parameters_pb2 import Parameters
+from finetuned.v1.system_service_pb2 import Device, GetSystemInfoResponse
+from finetuned.v1.task_pb2 import Task, TaskState, TrainingType
+
+T = TypeVar("T")
+
+TASK_SERVICE = "TaskService"
+SYSTEM_SERVICE = "SystemService"
+
+# Creating and starting reads the whole training file.
+_READING_SECONDS = 120.0
+
+_TASK_ID = re.compile(r"[a-z][a-z0-9-]{3,62}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One unary call to make."""
+
+    service: str
+    rpc: str
+    request: Message
+    repeatable: bool = True
+    """Whether the contract says that a repeat is safe."""
+    timeout: float | None = None
+    """Seconds; None for the client's own."""
+
+
+Steps = Generator[Call, Any, T]
+"""An operation: yields calls, is sent their answers, returns its result."""
+
+
+def create_task(
+    training_type: str | TrainingType.ValueType,
+    parameters: Mapping[str, Any] | Parameters | None,
+    display_name: str,
+    device: str,
+    task_id: str,
+    start: bool,
+    request_id: str,
+    validate_only: bool,
+) -> Steps[Task]:
+    """CreateTask, repeatable by a request id of our own."""
+    request = tasks.CreateTaskRequest(
+        task=Task(
+            display_name=display_name,
+            training_type=_training_type(training_type),
+            parameters=from_mapping(parameters),
+            device=device,
+        ),
+        task_id=task_id,
+        start=start,
+        request_id=request_id or str(uuid.uuid4()),
+        validate_only=validate_only,
+    )
+    answer: tasks.CreateTaskResponse = yield Call(
+        TASK_SERVICE, "CreateTask", request, timeout=_READING_SECONDS
+    )
+    return answer.task
+
+
+def get_task(name: str) -> Steps[Task]:
+    """GetTask, by any of its names."""
+    if name.startswith("tasks/"):
+        answer: tasks.GetTaskResponse = yield Call(
+            TASK_SERVICE, "GetTask", tasks.GetTaskRequest(name=name)
+        )
+        return answer.task
+    if _TASK_ID.fullmatch(name):
+        try:
+            return (yield from get_task(f"tasks/{name}"))
+        except NotFound:
+            pass  # it can be a display name of the same form
+    found: tasks.ListTasksResponse = yield Call(
+        TASK_SERVICE, "ListTasks", tasks.ListTasksRequest(display_name=name)
+    )
+    if not found.tasks:
+        raise NotFound(f"there is no task {name!r}", reason="TASK_NOT_FOUND")
+    return found.tasks[0]
+
+
+def resolve(name: str) -> Steps[str]:
+    """The resource name `tasks/{task_id}` for any name of a task."""
+    if name.startswith("tasks/"):
+        return name
+    task = yield from get_task(name)
+    return task.name
+
+
+def list_tasks_page(
+    states: Iterable[str | TaskState.ValueType], page_token: str
+) -> Steps[tasks.ListTasksResponse]:
+    """One page of ListTasks."""
+    request = tasks.ListTasksRequest(
+        page_token=page_token, states=[_task_state(state) for state in states]
+    )
+    page: tasks.ListTasksResponse = yield Call(TASK_SERVICE, "ListTasks", request)
+    return page
+
+
+def delete_task(name: str, etag: str, allow_missing: bool) -> Steps[None]:
+    """DeleteTask. A repeat would be NOT_FOUND, so it is made only where that is no error."""
+    try:
+        name = yield from resolve(name)
+    except NotFound:
+        if allow_missing:
+            return
+        raise
+    request = tasks.DeleteTaskRequest(name=name, etag=etag, allow_missing=allow_missing)
+    yield Call(TASK_SERVICE, "DeleteTask", request, repeatable=allow_missing)
+
+
+def start_task(name: str, etag: str, request_id: str) -> Steps[Task]:
+    """StartTask, repeatable by a request id of our own."""
+    request = tasks.StartTaskRequest(
+        name=(yield from resolve(name)), etag=etag, request_id=request_id or str(uuid.uuid4())
+    )
+    answer: tasks.StartTaskResponse = yield Call(
+        TASK_SERVICE, "StartTask", request, timeout=_READING_SECONDS
+    )
+    return answer.task
+
+
+def stop_task(name: str, discard: bool) -> Steps[Task]:
+    """StopTask."""
+    request = tasks.StopTaskRequest(name=(yield from resolve(name)), discard=discard)
+    answer: tasks.StopTaskResponse = yield Call(TASK_SERVICE, "StopTask", request)
+    return answer.task
+
+
+def list_runs_page(name: str, page_token: str) -> Steps[tasks.ListRunsResponse]:
+    """One page of ListRuns; `name` is a resource name."""
+    request = tasks.ListRunsRequest(parent=name, page_token=page_token)
+    page: tasks.ListRunsResponse = yield Call(TASK_SERVICE, "ListRuns", request)
+    return page
+
+
+def list_events_page(name: str, after_seq: int, run: int) -> Steps[tasks.ListEventsResponse]:
+    """One page of ListEvents; `name` is a resource name."""
+    request = tasks.ListEventsRequest(parent=name, after_seq=after_seq, run=run)
+    page: tasks.ListEventsResponse = yield Call(TASK_SERVICE, "ListEvents", request)
+    return page
+
+
+def system_info() -> Steps[GetSystemInfoResponse]:
+    """GetSystemInfo."""
+    info: GetSystemInfoResponse = yield Call(
+        SYSTEM_SERVICE, "GetSystemInfo", system.GetSystemInfoRequest()
+    )
+    return info
+
+
+def list_devices() -> Steps[list[Device]]:
+    """ListDevices."""
+    answer: system.ListDevicesResponse = yield Call(
+        SYSTEM_SERVICE, "ListDevices", system.ListDevicesRequest()
+    )
+    return list(answer.devices)
+
+
+def shutdown() -> Steps[None]:
+    """Shutdown, never repeated: a lost answer would be followed by "nobody there"."""
+    yield Call(SYSTEM_SERVICE, "Shutdown", system.ShutdownRequest(), repeatable=False)
+
+
+def _training_type(value: str | TrainingType.ValueType) -> TrainingType.ValueType:
+    number: TrainingType.ValueType = _enum(TrainingType, "TRAINING_TYPE_", "training_type", value)
+    return number
+
+
+def _task_state(value: str | TaskState.ValueType) -> TaskState.ValueType:
+    number: TaskState.ValueType = _enum(TaskState, "TASK_STATE_", "states", value)
+    return number
+
+
+def _enum(enum: Any, prefix: str, field: str, value: Any) -> Any:
+    """The enum's number for `sft`, `SFT`, `TRAINING_TYPE_SFT` or the number itself."""
+    if not isinstance(value, str):
+        return value
+    word = value.upper().removeprefix(prefix)
+    choices = [name.removeprefix(prefix).lower() for name in enum.keys()[1:]]
+    if word.lower() not in choices:
+        violation = FieldViolation(
+            field, f"must be one of {', '.join(choices)}, not {value!r}", "NOT_A_CHOICE"
+        )
+        raise InvalidArgument(
+            f"{field}: {violation.description}", reason="INVALID_FIELDS", violations=[violation]
+        )
+    return enum.Value(prefix + word)

@@ -1,0 +1,152 @@
+"""Where the daemon is: its address, the token to show, and the channel options for both.
+
+In this order: the address given, the variable `FINETUNED_ADDRESS`, the socket of the runtime
+folder, the endpoint file that the daemon writes there (for platforms where gRPC has no unix
+sockets).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from finetuned._errors import DaemonUnavailable, InvalidArgument
+from finetuned._paths import paths
+
+ADDRESS_VARIABLE = "FINETUNED_ADDRESS"
+TOKEN_VARIABLE = "FINETUNED_TOKEN"  # noqa: S105 (a name, not a token)
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_PROBE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A place where a daemon serves, or would."""
+
+    target: str
+    """What gRPC dials: `unix:/path`, percent-encoded, or `host:port`."""
+    token: str = field(default="", repr=False)
+    """Sent with every call; empty on a unix socket, where the folder's mode is the wall."""
+    is_default: bool = False
+    """Neither argument nor environment named it, so a daemon that we start will serve it."""
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether this is a unix socket."""
+        return self.target.startswith("unix:")
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Metadata of every call.
+
+        Not grpc's call credentials: those refuse a channel without TLS.
+        """
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    @property
+    def options(self) -> Sequence[tuple[str, str | int]]:
+        """Channel options, for `grpc` and `grpc.aio` alike."""
+        options: list[tuple[str, str | int]] = [
+            # A proxy from the environment has no business between us and this machine's daemon.
+            ("grpc.enable_http_proxy", 0),
+            # gRPC's own backoff grows to two minutes; a local daemon is back within a second.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            # In truth the time that an attempt to connect may take.
+            ("grpc.min_reconnect_backoff_ms", 2000),
+            # Else two clients of one process share a connection, and its backoff.
+            ("grpc.use_local_subchannel_pool", 1),
+            # A page of events may hold long tracebacks.
+            ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+        ]
+        if self.is_unix:
+            # grpc would send the percent-encoded path as :authority, which some servers refuse.
+            options.append(("grpc.default_authority", "localhost"))
+        return options
+
+    def is_listening(self) -> bool:
+        """Whether anybody accepts connections there, found out by connecting."""
+        try:
+            with self._dial():
+                return True
+        except OSError:
+            return False
+
+    def _dial(self) -> socket.socket:
+        if self.is_unix:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.settimeout(_PROBE_SECONDS)
+                connection.connect(unquote(self.target.removeprefix("unix:")))
+            except OSError:
+                connection.close()
+                raise
+            return connection
+        host, port = _split(self.target)
+        return socket.create_connection((host, port), _PROBE_SECONDS)
+
+
+def find(address: str | None = None, token: str | None = None) -> Endpoint:
+    """The endpoint to use now. It can change when another daemon takes over.
+
+    Raises:
+        InvalidArgument: The address is no address.
+        DaemonUnavailable: No address is known, as no daemon has written one.
+    """
+    address = address or os.environ.get(ADDRESS_VARIABLE)
+    if address:
+        return _endpoint(address, token, is_default=False)
+    here = paths()
+    if hasattr(socket, "AF_UNIX") and (here.socket.exists() or not here.endpoint.exists()):
+        return _endpoint(f"unix:{here.socket}", token, is_default=True)
+    served = _served(here.endpoint)
+    if not served:
+        raise DaemonUnavailable(f"no daemon has left its address in {here.endpoint}")
+    return _endpoint(served[0], token, is_default=True)
+
+
+def _endpoint(address: str, token: str | None, *, is_default: bool) -> Endpoint:
+    if address.startswith("unix:"):
+        path = address.removeprefix("unix:")
+        # `unix:///path` is the same place; gRPC decodes percent signs, so a path must encode its.
+        path = "/" + path.lstrip("/") if path.startswith("//") else path
+        return Endpoint(f"unix:{quote(str(Path(path).absolute()))}", is_default=is_default)
+    if address.startswith("/"):
+        return _endpoint(f"unix:{address}", token, is_default=is_default)
+    host, _ = _split(address)
+    token = token or os.environ.get(TOKEN_VARIABLE) or ""
+    # The file's token belongs to this machine's daemon; it must not travel to another by default.
+    if not token and host in _LOOPBACK:
+        token = _read(paths().token).strip()
+    return Endpoint(address, token, is_default)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InvalidArgument(
+            f"{address!r} is no address; use unix:/path/of.sock or host:port", reason="BAD_ADDRESS"
+        )
+    return host.strip("[]"), int(port)
+
+
+def _served(endpoint_file: Path) -> list[str]:
+    try:
+        content: object = json.loads(_read(endpoint_file) or "{}")
+    except ValueError:  # half written by something else than a daemon
+        return []
+    addresses: object = content.get("addresses") if isinstance(content, dict) else None
+    return [str(a) for a in addresses] if isinstance(addresses, list) else []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

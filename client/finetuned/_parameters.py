@@ -1,0 +1,197 @@
+"""Parameters from nested mappings. Names and types come from the descriptors, not from a list here.
+
+What is checked is the shape alone: unknown names and wrong types. Ranges, choices and files are the
+daemon's to judge, so that there is one set of rules.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from finetuned._errors import FieldViolation, InvalidArgument
+from finetuned.v1.parameters_pb2 import Parameters, StringList
+
+UNKNOWN_FIELD = "UNKNOWN_FIELD"
+WRONG_TYPE = "WRONG_TYPE"
+
+_INTEGERS = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
+_FLOATS = (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT)
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
+
+
+def fields() -> dict[str, FieldDescriptor]:
+    """Every parameter by its path, such as `training.batch_size`, in the order of the contract."""
+    return {
+        f"{section.name}.{field.name}": field
+        for section in Parameters.DESCRIPTOR.fields
+        for field in _message(section).fields
+    }
+
+
+def from_mapping(values: Mapping[str, Any] | Parameters | None) -> Parameters:
+    """Parameters from a mapping of sections to mappings; None values count as absent.
+
+    Raises:
+        InvalidArgument: Names unknown or types wrong, all of them in `violations`.
+    """
+    if values is None:
+        return Parameters()
+    if isinstance(values, Parameters):
+        return values
+    parameters, violations = convert(values)
+    if violations:
+        raise InvalidArgument(
+            "; ".join(f"{v.field}: {v.description}" for v in violations),
+            reason="INVALID_FIELDS",
+            violations=violations,
+        )
+    return parameters
+
+
+def convert(
+    values: Mapping[str, Any], *, parse_text: bool = False
+) -> tuple[Parameters, list[FieldViolation]]:
+    """Parameters from a mapping, with everything that is wrong with it.
+
+    Args:
+        values: Section to field to value.
+        parse_text: Read strings given for other types as those, such as `2e-4` for a number and
+            `a,b` for a list: what comes from a command line, or from YAML with its own ideas.
+
+    Returns:
+        What could be converted, and a violation for each field that could not.
+    """
+    parameters = Parameters()
+    violations: list[FieldViolation] = []
+    known = fields()
+    for section, content in values.items():
+        if section not in Parameters.DESCRIPTOR.fields_by_name:
+            violations.append(_unknown(section, content, known))
+        elif content is None:
+            continue
+        elif not isinstance(content, Mapping):
+            violations.append(_wrong(section, "a section with fields", content))
+        else:
+            for name, value in cast("Mapping[str, Any]", content).items():
+                path = f"{section}.{name}"
+                if path not in known:
+                    violations.append(_unknown(path, value, known))
+                    continue
+                problem = _set(getattr(parameters, section), known[path], path, value, parse_text)
+                if problem is not None:
+                    violations.append(problem)
+    return parameters, violations
+
+
+def flatten(parameters: Parameters) -> dict[str, Any]:
+    """Every parameter that has a value, by its path; lists as lists of strings."""
+    result: dict[str, Any] = {}
+    for section, message in parameters.ListFields():
+        for field, value in message.ListFields():
+            result[f"{section.name}.{field.name}"] = (
+                list(value.values) if isinstance(value, StringList) else value
+            )
+    return result
+
+
+def _message(field: FieldDescriptor) -> Descriptor:
+    assert field.message_type is not None, field.full_name
+    return field.message_type
+
+
+def _set(
+    section: Any, field: FieldDescriptor, path: str, value: Any, parse_text: bool
+) -> FieldViolation | None:
+    if value is None:
+        return None
+    if parse_text and isinstance(value, str):
+        value = _parse(field, value)
+    if field.message_type is not None:
+        if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+            return _wrong(path, "a list of names", value)
+        items: list[Any] = list(value)
+        if not all(isinstance(item, str) for item in items):
+            return _wrong(path, "a list of names", items)
+        # An empty list is a value too, and must be told from an absent one.
+        getattr(section, field.name).CopyFrom(StringList(values=items))
+        return None
+    kind = field.cpp_type
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == FieldDescriptor.CPPTYPE_BOOL and not isinstance(value, bool):
+        return _wrong(path, "true or false", value)
+    if kind in _INTEGERS and not (is_number and value % 1 == 0):
+        return _wrong(path, "a whole number", value)
+    if kind in _FLOATS and not is_number:
+        return _wrong(path, "a number", value)
+    if kind == FieldDescriptor.CPPTYPE_STRING and not isinstance(value, str | os.PathLike):
+        return _wrong(path, "a text", value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(cast("os.PathLike[str]", value))
+    try:
+        setattr(section, field.name, int(value) if kind in _INTEGERS else value)
+    except (ValueError, OverflowError):  # beyond 32 bits, or not UTF-8: it can't even be sent
+        return _wrong(path, "a value that fits", value)
+    return None
+
+
+def _parse(field: FieldDescriptor, text: str) -> Any:
+    """The text as the field's type, or the text itself where it is none."""
+    word = text.strip()
+    if field.message_type is not None:
+        return [item.strip() for item in word.strip("[]").split(",") if item.strip()]
+    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+        return True if word.lower() in _TRUE else False if word.lower() in _FALSE else text
+    if field.cpp_type in (*_INTEGERS, *_FLOATS):
+        for read in (int, float):
+            try:
+                number = read(word)
+            except ValueError:
+                continue
+            return number
+    return text
+
+
+def _unknown(path: str, value: Any, known: Mapping[str, FieldDescriptor]) -> FieldViolation:
+    section, _, name = path.partition(".")
+    sections = [field.name for field in Parameters.DESCRIPTOR.fields]
+    if not name and not isinstance(value, Mapping):
+        # A field without its section, such as `batch_size`.
+        homes = [p for p in known if p.endswith(f".{section}")] or _like(section, known)
+        what = "is no section"
+    elif not name:
+        homes = difflib.get_close_matches(section, sections, n=1)
+        what = "is no section"
+    else:
+        homes = [p for p in known if p.endswith(f".{name}")] or _like(path, known)
+        what = "is no parameter"
+    hint = f"; did you mean {homes[0]}?" if homes else ""
+    if not homes and not name:
+        hint = f"; sections are {', '.join(sections)}"
+    return FieldViolation(path, what + hint, UNKNOWN_FIELD)
+
+
+def _like(path: str, known: Mapping[str, FieldDescriptor]) -> list[str]:
+    """Parameters whose name resembles it, has its initials, or contains it; own section first."""
+    section, _, name = path.rpartition(".")
+    by_name = {p.partition(".")[2]: p for p in known}
+    own = {n: p for n, p in by_name.items() if p.startswith(f"{section}.")}
+    for names in (own, by_name):
+        close = (
+            difflib.get_close_matches(name, names, n=1)
+            or [n for n in names if "".join(word[0] for word in n.split("_")) == name]
+            or [n for n in names if len(name) > 2 and name in n]
+        )
+        if close:
+            return [names[close[0]]]
+    return []
+
+
+def _wrong(path: str, expected: str, value: Any) -> FieldViolation:
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    return FieldViolation(path, f"must be {expected}, not {shown}", WRONG_TYPE)

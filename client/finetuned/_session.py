@@ -1,0 +1,81 @@
+"""What a client remembers about its connection, and when a failed call is made again."""
+
+from __future__ import annotations
+
+import time
+
+from finetuned._connect import Endpoint, find
+from finetuned._errors import DaemonUnavailable, FinetunedError
+
+RETRY_SECONDS = 10.0
+"""How long a call that can be repeated is repeated while the daemon is away."""
+
+_FIRST_DELAY = 0.05
+_LONGEST_DELAY = 1.0
+
+
+class Backoff:
+    """Pauses in seconds: 0.05, 0.1, 0.2 ... 1, 1, 1."""
+
+    def __init__(self) -> None:
+        self._next = _FIRST_DELAY
+
+    def __next__(self) -> float:
+        delay = self._next
+        self._next = min(delay * 2, _LONGEST_DELAY)
+        return delay
+
+
+class Session:
+    """Address and history of one client's connection; knows no channel."""
+
+    def __init__(self, address: str | None, token: str | None, timeout: float) -> None:
+        self._address = address
+        self._token = token
+        self.timeout = timeout
+        self.was_reached = False
+        self.is_closed = False
+        self.endpoint: Endpoint | None = None
+
+    def check_open(self) -> None:
+        """Raise where the client has been closed, so that no watch reconnects after that."""
+        if self.is_closed:
+            raise FinetunedError("this client is closed", reason="CLIENT_CLOSED")
+
+    def locate(self) -> Endpoint:
+        """Where the daemon is now; a new one may have another port and token."""
+        return find(self._address, self._token)
+
+    def check(self, endpoint: Endpoint, error: FinetunedError) -> None:
+        """Raise the error where waiting cannot help: nobody was ever there, and nobody is now."""
+        if not self.was_reached and not endpoint.is_listening():
+            raise unreachable(endpoint, error) from error
+
+
+class Attempts:
+    """The attempts of one call."""
+
+    def __init__(self, session: Session, repeatable: bool) -> None:
+        self._session = session
+        self._repeatable = repeatable
+        self._delays = Backoff()
+        self._deadline = time.monotonic() + RETRY_SECONDS
+
+    def after(self, endpoint: Endpoint, error: FinetunedError) -> float:
+        """Seconds to wait before the next attempt; raises the error where there is to be none."""
+        if not isinstance(error, DaemonUnavailable):
+            raise error
+        self._session.check(endpoint, error)
+        delay = next(self._delays)
+        if not self._repeatable or time.monotonic() + delay > self._deadline:
+            raise unreachable(endpoint, error) from error
+        return delay
+
+
+def unreachable(endpoint: Endpoint, error: FinetunedError) -> FinetunedError:
+    """The error with the address in it; what the daemon itself said stays as it is."""
+    if error.reason or not isinstance(error, DaemonUnavailable):
+        return error
+    if not endpoint.is_listening():
+        return DaemonUnavailable(f"no daemon serves {endpoint.target}")
+    return DaemonUnavailable(f"no daemon answers at {endpoint.target} ({error.message})")

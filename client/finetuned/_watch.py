@@ -1,0 +1,150 @@
+"""Where a watcher stands in a task's event log: what to ask for, what to pass on, when it ends.
+
+Like `_calls.py` this does no input or output, so that both clients share it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from finetuned._errors import (
+    DaemonUnavailable,
+    EventsLost,
+    FinetunedError,
+    InternalError,
+    OutOfRange,
+)
+from finetuned._session import Backoff
+from finetuned.v1.event_pb2 import Event
+from finetuned.v1.task_pb2 import TaskState
+from finetuned.v1.task_service_pb2 import Snapshot, WatchTaskRequest, WatchTaskResponse
+
+ENDED = frozenset(
+    {TaskState.TASK_STATE_COMPLETED, TaskState.TASK_STATE_STOPPED, TaskState.TASK_STATE_FAILED}
+)
+"""The states in which no run is going on or waiting."""
+
+# A transport that breaks can look like a fault of the daemon; one that always "breaks" is a fault.
+_MOST_FAULTS = 5
+
+
+@dataclass(frozen=True)
+class ConnectionLost:
+    """The connection broke; the watch goes on by itself and misses nothing."""
+
+    error: DaemonUnavailable
+    """What happened."""
+    after_seq: int
+    """Last `seq` seen before."""
+
+
+WatchItem: TypeAlias = Snapshot | Event | ConnectionLost
+"""What a watch yields: the task first and after each reconnection, then events by `seq`."""
+
+
+class Cursor:
+    """The place of one watcher in one task's log."""
+
+    def __init__(
+        self,
+        name: str,
+        after_seq: int,
+        log_epoch: str,
+        until_end: bool,
+        reconnect_timeout: float | None,
+    ) -> None:
+        self.is_done = False
+        self._name = name
+        self._seq = after_seq
+        self._log_epoch = log_epoch
+        self._until_end = until_end
+        self._patience = reconnect_timeout
+        self._delays = Backoff()
+        self._lost_at: float | None = None
+        self._faults = 0
+        self._end_seq: int | None = None
+        self._history_seq = 0
+
+    def request(self) -> WatchTaskRequest:
+        """What to ask for on a new stream."""
+        return WatchTaskRequest(name=self._name, after_seq=self._seq, log_epoch=self._log_epoch)
+
+    def accept(self, response: WatchTaskResponse) -> Snapshot | Event | None:
+        """Take a message of the stream; returns what is to be yielded.
+
+        Raises:
+            EventsLost: The events have a gap or a repeat.
+            OutOfRange: The log is not the one that was watched.
+        """
+        self._lost_at = None
+        self._faults = 0
+        self._delays = Backoff()
+        match response.WhichOneof("response"):
+            case "snapshot":
+                self._accept_snapshot(response.snapshot)
+                return response.snapshot
+            case "event":
+                self._accept_event(response.event)
+                return response.event
+            case _:  # a heartbeat, or what a later daemon may send
+                return None
+
+    def lost(self, error: FinetunedError | None) -> ConnectionLost | None:
+        """Take the end of a stream; returns what is to be yielded, once an outage.
+
+        Args:
+            error: How it ended; None where it just ended, as the stream has no end of its own.
+
+        Raises:
+            FinetunedError: The error, where watching again cannot mend it.
+        """
+        if error is None:
+            error = DaemonUnavailable("the daemon ended the stream")
+        if isinstance(error, InternalError) and not error.reason:
+            self._faults += 1
+            if self._faults >= _MOST_FAULTS:
+                raise error
+            error = DaemonUnavailable(f"the connection broke: {error.message}")
+        if not isinstance(error, DaemonUnavailable):
+            raise error
+        now = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = now
+            return ConnectionLost(error, self._seq)
+        if self._patience is not None and now - self._lost_at >= self._patience:
+            raise error
+        return None
+
+    def delay(self) -> float:
+        """Seconds to wait before the next stream."""
+        return next(self._delays)
+
+    def _accept_snapshot(self, snapshot: Snapshot) -> None:
+        task = snapshot.task
+        if self._log_epoch not in ("", snapshot.log_epoch) or task.last_seq < self._seq:
+            raise OutOfRange(
+                f"the event log of {self._name} was restored; watch again from 0",
+                reason="LOG_REPLACED",
+            )
+        self._log_epoch = snapshot.log_epoch
+        # Up to here it is history: ends of earlier runs among it end no watch.
+        self._history_seq = task.last_seq
+        self._end_seq = task.last_seq if task.state in ENDED else None
+        self._finish_at_end()
+
+    def _accept_event(self, event: Event) -> None:
+        if event.seq != self._seq + 1:
+            raise EventsLost(
+                f"event {event.seq} of {self._name} came where {self._seq + 1} was due",
+                reason="SEQ_NOT_DENSE",
+            )
+        self._seq = event.seq
+        if event.seq > self._history_seq and event.state_change.new_state in ENDED:
+            self._end_seq = event.seq
+        self._finish_at_end()
+
+    def _finish_at_end(self) -> None:
+        if self._until_end and self._end_seq is not None and self._seq >= self._end_seq:
+            self.is_done = True

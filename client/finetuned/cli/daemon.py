@@ -1,0 +1,84 @@
+"""`finetunectl daemon`: start, stop, ask."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import typer
+
+from finetuned.cli.settings import Exit, JsonOption, say, settings
+
+if TYPE_CHECKING:
+    from finetuned.v1.system_service_pb2 import GetSystemInfoResponse
+
+app = typer.Typer(no_args_is_help=True, help="The daemon itself.")
+
+_STOP_SECONDS = 15.0
+_POLL_SECONDS = 0.05
+
+
+@app.command()
+def start(ctx: typer.Context, as_json: JsonOption = False) -> None:
+    """Start the daemon in the background, if none runs."""
+    from finetuned._launch import start_daemon
+
+    was_started = start_daemon(
+        settings(ctx).address, on_start=lambda log: say(f"starting the daemon (log: {log})")
+    )
+    if not was_started:
+        say("the daemon runs already")
+    with settings(ctx).client() as client:
+        _show(client.system_info(), as_json)
+
+
+@app.command()
+def stop(ctx: typer.Context, as_json: JsonOption = False) -> None:
+    """Stop the daemon. Runs go on, and the next daemon adopts them."""
+    from finetuned._connect import find
+
+    endpoint = find(settings(ctx).address)
+    with settings(ctx).client() as client:
+        info = client.system_info()
+        client.shutdown()
+    deadline = time.monotonic() + _STOP_SECONDS
+    while endpoint.is_listening():
+        if time.monotonic() > deadline:
+            say(f"the daemon (process {info.pid}) has not ended within {_STOP_SECONDS:g} s")
+            raise typer.Exit(Exit.FAILED)
+        time.sleep(_POLL_SECONDS)
+    if as_json:
+        from finetuned.cli.output import print_json
+
+        print_json(info)
+        return
+    print("the daemon has ended")
+    if info.running_tasks:
+        runs = "run goes on; its" if info.running_tasks == 1 else "runs go on; their"
+        say(f"{info.running_tasks} {runs} next daemon: finetunectl daemon start")
+
+
+@app.command()
+def status(ctx: typer.Context, as_json: JsonOption = False) -> None:
+    """Show what the daemon is; exit status 3 if none answers."""
+    with settings(ctx).client() as client:
+        _show(client.system_info(), as_json)
+
+
+def _show(info: GetSystemInfoResponse, as_json: bool) -> None:
+    from finetuned.cli.output import print_json, print_pairs, time_text
+
+    if as_json:
+        print_json(info)
+        return
+    print_pairs(
+        [
+            ("version", info.version),
+            ("address", ", ".join(info.addresses)),
+            ("process", str(info.pid)),
+            ("since", time_text(info.start_time)),
+            ("state folder", info.state_dir),
+            ("tasks", f"{info.running_tasks} running, {info.queued_tasks} queued"),
+            ("runner python", info.runner_python),
+        ]
+    )

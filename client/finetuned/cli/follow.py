@@ -1,0 +1,121 @@
+"""Watch a run to its end, and say how it ended."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from finetuned._client import Client
+from finetuned._parameters import flatten
+from finetuned.cli.curve import curve
+from finetuned.cli.output import STATE_STYLES, console, print_pairs, reason_word, state_word
+from finetuned.cli.settings import Exit, say
+from finetuned.cli.tracker import Tracker
+from finetuned.cli.view import choose
+from finetuned.v1.task_pb2 import Task, TaskState, TrainingType
+
+_EXITS = {
+    TaskState.TASK_STATE_COMPLETED: Exit.OK,
+    TaskState.TASK_STATE_STOPPED: Exit.STOPPED,
+    TaskState.TASK_STATE_FAILED: Exit.FAILED,
+}
+_CURVE_WIDTH = 72
+
+
+def follow(client: Client, task: Task, *, as_json: bool, after_seq: int = 0) -> Exit:
+    """Watch a task until its run has ended; Ctrl-C leaves the run going."""
+    tracker = Tracker(task)
+    view = choose(as_json)
+    try:
+        with view:
+            for item in client.watch(task.name, after_seq, until_end=True):
+                if tracker.apply(item) or as_json:
+                    view.show(item, tracker)
+    except KeyboardInterrupt:
+        name = task_word(tracker.task)
+        say("the run goes on")
+        say(f"  watch it again: finetunectl task watch {name}")
+        say(f"  stop it:        finetunectl task stop {name}")
+        return Exit.INTERRUPTED
+    if not as_json:
+        _summarize(client.get_task(task.name), tracker)
+    return _EXITS.get(tracker.state, Exit.FAILED)
+
+
+def task_word(task: Task) -> str:
+    """The task's name as one types it."""
+    return shlex.quote(task.display_name or task.name)
+
+
+def _summarize(task: Task, tracker: Tracker) -> None:
+    drawing = curve(tracker.losses, width=_CURVE_WIDTH, ascii_only=not _has_braille())
+    if drawing:
+        print(f"\n{drawing}\n", flush=True)
+    result = tracker.result
+    word = state_word(tracker.state)
+    why = reason_word(result.end_reason if result else task.end_reason)
+    output = result.output_path if result else ""
+    print_pairs(
+        [
+            (word, Text(why or word, style=STATE_STYLES.get(word, ""))),
+            ("why", result.message if result else task.end_message),
+            ("output", output),
+            ("checkpoint", tracker.checkpoint if tracker.checkpoint != output else ""),
+        ]
+    )
+    if result is not None and result.detail and tracker.state == TaskState.TASK_STATE_FAILED:
+        console().print(Text(result.detail.rstrip(), style="dim"), soft_wrap=True)
+    for line in _next_steps(task, tracker):
+        say(line)
+
+
+def _next_steps(task: Task, tracker: Tracker) -> Iterator[str]:
+    name = task_word(task)
+    result = tracker.result
+    if tracker.state == TaskState.TASK_STATE_COMPLETED:
+        if result is not None and result.output_path:
+            yield "use it, in Python:"
+            yield from (f"  {line}" for line in _load_lines(task, result.output_path))
+        return
+    if result is not None and result.HasField("fix"):
+        assignments = " ".join(
+            f"--set {path}={_set_value(value)}" for path, value in flatten(result.fix).items()
+        )
+        yield f"what would likely mend it: finetunectl train --like {name} {assignments}"
+    if tracker.checkpoint:
+        resume = f"data.resume_from_checkpoint={shlex.quote(tracker.checkpoint)}"
+        yield f"go on from the checkpoint: finetunectl train --like {name} --set {resume}"
+    if tracker.state == TaskState.TASK_STATE_FAILED:
+        yield f"its log: finetunectl task logs {name}"
+    yield f"start it anew: finetunectl task start {name} --watch"
+
+
+def _load_lines(task: Task, path: str) -> tuple[str, str]:
+    lora = task.parameters.lora
+    is_adapter = (
+        task.training_type == TrainingType.TRAINING_TYPE_SFT
+        and lora.use_lora
+        and not lora.merge_lora
+    )
+    if is_adapter:
+        kind, module = "AutoPeftModelForCausalLM", "peft"
+    else:
+        kind, module = "AutoModelForCausalLM", "transformers"
+    return f"from {module} import {kind}", f"model = {kind}.from_pretrained({path!r})"
+
+
+def _set_value(value: object) -> str:
+    if isinstance(value, list):
+        return shlex.quote(",".join(str(item) for item in value))
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+
+
+def _has_braille() -> bool:
+    try:
+        "\u28ff┤".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True

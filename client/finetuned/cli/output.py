@@ -1,0 +1,167 @@
+"""Answers on stdout: JSON, tables, words for enums, numbers and times."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetuned.v1.task_pb2 import EndReason, RunPhase, Task, TaskState, TrainingType
+
+STATE_STYLES = {
+    "pending": "blue",
+    "queued": "blue",
+    "running": "green",
+    "completed": "green",
+    "stopped": "dark_orange",
+    "failed": "red",
+}
+
+
+def console() -> Console:
+    """Stdout. Where it is no terminal, lines are as long as they are."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=10_000, force_terminal=False)
+
+
+def state_word(state: TaskState.ValueType) -> str:
+    """Such as `running`."""
+    return TaskState.Name(state).removeprefix("TASK_STATE_").lower()
+
+
+def phase_word(phase: RunPhase.ValueType) -> str:
+    """Such as `loading model`."""
+    return _words(RunPhase.Name(phase).removeprefix("RUN_PHASE_"))
+
+
+def reason_word(reason: EndReason.ValueType) -> str:
+    """Such as `out of memory`; empty where there is none."""
+    if reason == EndReason.END_REASON_UNSPECIFIED:
+        return ""
+    return _words(EndReason.Name(reason).removeprefix("END_REASON_"))
+
+
+def type_word(training_type: TrainingType.ValueType) -> str:
+    """`sft` or `pretrain`."""
+    return TrainingType.Name(training_type).removeprefix("TRAINING_TYPE_").lower()
+
+
+def state_text(state: TaskState.ValueType) -> Text:
+    """The state in its colour."""
+    word = state_word(state)
+    return Text(word, style=STATE_STYLES.get(word, ""))
+
+
+def time_text(moment: Timestamp) -> str:
+    """Local time, to the second; empty where there is none."""
+    return f"{local(moment):%Y-%m-%d %H:%M:%S}" if moment.seconds else ""
+
+
+def local(moment: Timestamp) -> datetime:
+    """The moment in local time."""
+    return datetime.fromtimestamp(moment.seconds + moment.nanos / 1e9).astimezone()
+
+
+def duration_text(seconds: float) -> str:
+    """Such as `1:02:03` or `2:03`."""
+    minutes, second = divmod(max(round(seconds), 0), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def bytes_text(size: int) -> str:
+    """Such as `23.4 GiB`."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def progress_text(task: Task) -> str:
+    """Such as `45/120 (38%)`; empty before the first step."""
+    progress = task.progress
+    if not progress.step:
+        return ""
+    if not progress.total_steps:
+        return str(progress.step)
+    return f"{progress.step}/{progress.total_steps} ({progress.step / progress.total_steps:.0%})"
+
+
+def print_json(value: Message | Sequence[Message]) -> None:
+    """One JSON object or array."""
+    content = to_dict(value) if isinstance(value, Message) else [to_dict(item) for item in value]
+    print(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def print_json_line(value: dict[str, Any]) -> None:
+    """One line of a JSON stream, at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
+    """A table with a line of headings."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.upper(), no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def print_pairs(pairs: Iterable[tuple[str, str | Text]]) -> None:
+    """Names and values below each other; long values stay whole, for copying."""
+    shown = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in shown), default=0)
+    out = console()
+    for name, value in shown:
+        out.print(Text(f"{name:<{width}}  ").append(value), soft_wrap=True)
+
+
+def to_dict(message: Message) -> dict[str, Any]:
+    """Protobuf's JSON with the contract's names, fields at zero, and 64-bit numbers as numbers.
+
+    Its own writer makes them texts, for the sake of JavaScript; ours stay far below 2^53.
+    """
+    result: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        if field.has_presence and not message.HasField(field.name):
+            continue
+        value: Any = getattr(message, field.name)
+        kind = field.message_type
+        if kind is not None and kind.GetOptions().map_entry:
+            result[field.name] = {
+                key: _scalar(kind.fields_by_name["value"], value[key]) for key in sorted(value)
+            }
+        elif field.is_repeated:
+            result[field.name] = [_scalar(field, item) for item in value]
+        else:
+            result[field.name] = _scalar(field, value)
+    return result
+
+
+def _scalar(field: Any, value: Any) -> Any:
+    if isinstance(value, Timestamp):
+        return value.ToJsonString()
+    if isinstance(value, Message):
+        return to_dict(value)
+    if field.enum_type is not None:
+        known = field.enum_type.values_by_number.get(value)
+        return known.name if known is not None else value
+    if isinstance(value, float) and value - value != 0:  # JSON has neither NaN nor infinity
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _words(name: str) -> str:
+    return name.lower().replace("_", " ")

@@ -1,0 +1,188 @@
+"""From files and options to a task: what to train, with which parameters.
+
+Nothing here knows a list of parameters: names and types come from the contract's descriptors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from finetuned._errors import FieldViolation, InvalidArgument
+from finetuned._parameters import UNKNOWN_FIELD, convert
+from finetuned.v1.parameters_pb2 import Parameters
+
+OUTPUT_FOLDER = "finetuned-output"
+"""Where outputs go by default, a folder for each task, below the current folder."""
+
+# The one thing that the contract's types don't say: which texts are paths.
+_PATHS = (
+    "data.train_file",
+    "data.eval_file",
+    "data.output_dir",
+    "data.model_path",
+    "data.tokenizer_path",
+    "data.resume_from_checkpoint",
+    "lora.peft_config_path",
+)
+_TYPES = ("sft", "pretrain")
+# Keys beside the sections, with the names that they go by.
+_KEYS = {
+    "training_type": "training_type",
+    "type": "training_type",
+    "display_name": "display_name",
+    "name": "display_name",
+    "device": "device",
+}
+
+
+@dataclass
+class Wish:
+    """What the user asked for, as text: from a file, overridden by options and `--set`."""
+
+    training_type: str | None = None
+    display_name: str | None = None
+    device: str | None = None
+    sections: dict[str, Any] = field(default_factory=dict[str, Any])
+    violations: list[FieldViolation] = field(default_factory=list[FieldViolation])
+
+    def put(self, path: str, value: Any) -> None:
+        """Set a parameter by its path; None says nothing."""
+        if value is None:
+            return
+        section, dot, name = path.partition(".")
+        if not dot:
+            self.sections[section] = value
+        elif isinstance(self.sections.get(section), dict):
+            self.sections[section][name] = value
+        else:
+            self.sections[section] = {name: value}
+
+    def set_all(self, assignments: Sequence[str]) -> None:
+        """Apply `--set section.field=value` options."""
+        for assignment in assignments:
+            path, sign, value = assignment.partition("=")
+            if sign:
+                self.put(path.strip(), value.strip())
+            else:
+                self.violations.append(
+                    FieldViolation(
+                        f"--set {assignment}", "must be section.field=value", "BAD_ASSIGNMENT"
+                    )
+                )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A task to create."""
+
+    training_type: str
+    parameters: Parameters
+    display_name: str
+    device: str
+    violations: list[FieldViolation]
+    """What is wrong here already; `parameters` holds the rest."""
+
+
+def read_file(path: Path) -> Wish:
+    """A parameter file: sections at the top or under `parameters`, beside type, name, and device.
+
+    Raises:
+        InvalidArgument: It can't be read, or is neither YAML nor JSON.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        # BaseLoader leaves every scalar a text, and the field's type says how to read it: `no`
+        # stays "no" for a strategy, and 2e-4 is a number, as YAML 1.1 would not have it.
+        content: Any = (
+            json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 (makes no objects)
+        )
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = f"can't be read: {' '.join(str(error).split())}"
+        raise InvalidArgument(
+            f"{path} {reason}", violations=[FieldViolation(str(path), reason, "BAD_FILE")]
+        ) from error
+    if content in (None, ""):
+        content = {}
+    if not isinstance(content, dict):
+        reason = "must hold sections such as `training:` with parameters below them"
+        raise InvalidArgument(
+            f"{path} {reason}", violations=[FieldViolation(str(path), reason, "BAD_FILE")]
+        )
+    wish = Wish()
+    document = cast("dict[str, Any]", content)
+    nested: Any = document.pop("parameters", None) or {}
+    if not isinstance(nested, dict):
+        wish.violations.append(
+            FieldViolation("parameters", f"must hold sections, not {nested!r}", "WRONG_TYPE")
+        )
+        nested = {}
+    for key, value in (cast("dict[str, Any]", nested) | document).items():
+        if key in _KEYS and not isinstance(value, dict):
+            setattr(wish, _KEYS[key], str(value))
+        elif key in Parameters.DESCRIPTOR.fields_by_name or isinstance(value, dict):
+            wish.sections[key] = dict(cast("dict[str, Any]", value or {}))
+        else:
+            close = difflib.get_close_matches(key, [*_KEYS, "parameters"], n=1)
+            if close:
+                hint = f"is no key; did you mean {close[0]}?"
+                wish.violations.append(FieldViolation(key, hint, UNKNOWN_FIELD))
+            else:
+                wish.sections[key] = value  # reported with the parameters, with a hint
+    return wish
+
+
+def draft(wish: Wish, *, output_default: bool = True) -> Draft:
+    """The task that a wish stands for, with everything that is wrong with it.
+
+    Args:
+        wish: What was asked for.
+        output_default: Choose an output folder where none is given.
+    """
+    violations = list(wish.violations)
+    training_type = (wish.training_type or "sft").lower().removeprefix("training_type_")
+    if training_type not in _TYPES:
+        violations.append(
+            FieldViolation(
+                "training_type",
+                f"must be {' or '.join(_TYPES)}, not {wish.training_type!r}",
+                "NOT_A_CHOICE",
+            )
+        )
+        training_type = "sft"
+    parameters, wrong = convert(_without_nulls(wish.sections), parse_text=True)
+    violations += wrong
+    for path in _PATHS:
+        section_name, name = path.split(".")
+        section = getattr(parameters, section_name)
+        if getattr(section, name):
+            setattr(section, name, str(Path(getattr(section, name)).expanduser().absolute()))
+    if output_default and not parameters.data.output_dir:
+        folder = (wish.display_name or "").replace("/", "_").strip(". ") or (
+            f"{training_type}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(2)}"
+        )
+        parameters.data.output_dir = str(Path(OUTPUT_FOLDER, folder).absolute())
+    return Draft(training_type, parameters, wish.display_name or "", wish.device or "", violations)
+
+
+def _without_nulls(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections with YAML's words for "nothing" as None; an empty text stays for texts alone."""
+    known = Parameters.DESCRIPTOR.fields_by_name
+    result: dict[str, Any] = {}
+    for section, content in sections.items():
+        if section not in known or not isinstance(content, dict):
+            result[section] = content
+            continue
+        result[section] = {
+            name: None if value in ("null", "~") else value
+            for name, value in cast("dict[str, Any]", content).items()
+        }
+    return result

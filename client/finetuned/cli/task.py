@@ -1,0 +1,302 @@
+"""`finetunectl task`: tasks, one by one or all."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetuned.cli.settings import Exit, JsonOption, TaskArgument, say, settings
+from finetuned.cli.train import (
+    DataOption,
+    DeviceOption,
+    FileOption,
+    LikeOption,
+    ModelOption,
+    NameOption,
+    OutputOption,
+    SetOption,
+    TypeOption,
+    create,
+    show_created,
+    wish_of,
+)
+
+if TYPE_CHECKING:
+    from finetuned.v1.event_pb2 import Event
+    from finetuned.v1.task_pb2 import Run, Task
+
+app = typer.Typer(no_args_is_help=True, help="Tasks: what to train and how, and where it stands.")
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+@app.command("create")
+def create_task(
+    ctx: typer.Context,
+    training_type: TypeOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    output: OutputOption = None,
+    name: NameOption = None,
+    device: DeviceOption = None,
+    file: FileOption = None,
+    like: LikeOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create a task without starting it. Options as for `finetunectl train`."""
+    with settings(ctx).client() as client:
+        wish = wish_of(
+            client, training_type, model, data, output, name, device, file, like, assignments
+        )
+        show_created(create(client, settings(ctx), wish, start=False), as_json)
+
+
+@app.command("list")
+def list_tasks(
+    ctx: typer.Context,
+    states: Annotated[
+        list[str] | None,
+        typer.Option("--state", metavar="STATE", help="Only tasks in this state; again for more."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List tasks, newest first."""
+    from finetuned.cli.output import (
+        print_json,
+        print_table,
+        progress_text,
+        state_text,
+        time_text,
+        type_word,
+    )
+
+    with settings(ctx).client() as client:
+        tasks = list(client.list_tasks(states or ()))
+    if as_json:
+        print_json(tasks)
+        return
+    if not tasks:
+        say("no tasks; make one: finetunectl train --model DIR --data FILE")
+        return
+    print_table(
+        ("name", "type", "state", "steps", "loss", "created"),
+        (
+            (
+                task.display_name,
+                type_word(task.training_type),
+                state_text(task.state),
+                progress_text(task),
+                f"{task.progress.loss:.4f}" if task.progress.HasField("loss") else "",
+                time_text(task.create_time),
+            )
+            for task in tasks
+        ),
+    )
+
+
+@app.command()
+def show(ctx: typer.Context, name: TaskArgument, as_json: JsonOption = False) -> None:
+    """Show a task with its parameters."""
+    from finetuned.cli.output import print_json
+
+    with settings(ctx).client() as client:
+        task = client.get_task(name)
+        runs = [] if as_json else list(client.list_runs(task.name))
+    if as_json:
+        print_json(task)
+    else:
+        _show_task(task, runs)
+
+
+@app.command()
+def start(
+    ctx: typer.Context,
+    name: TaskArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a run of a task. It waits while its device is busy."""
+    from finetuned.cli.follow import follow
+    from finetuned.cli.output import print_json, state_word
+
+    with settings(ctx).client() as client:
+        before = client.get_task(name)
+        task = client.start_task(before.name)
+        if watch:
+            raise typer.Exit(follow(client, task, as_json=as_json, after_seq=before.last_seq))
+    if as_json:
+        print_json(task)
+        return
+    place = f", place {task.queue_position}" if task.queue_position else ""
+    print(f"{task.display_name} {state_word(task.state)}{place}")
+
+
+@app.command()
+def stop(
+    ctx: typer.Context,
+    name: TaskArgument,
+    discard: Annotated[bool, typer.Option("--discard", help="Save no checkpoint.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the run has ended.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop a task's run, with a checkpoint unless --discard is given."""
+    from finetuned.cli.follow import task_word
+    from finetuned.cli.output import print_json, state_word
+
+    with settings(ctx).client() as client:
+        task = client.stop_task(name, discard=discard)
+        if wait:
+            task = client.wait(task.name)
+    if as_json:
+        print_json(task)
+        return
+    if wait or task.end_time.seconds:
+        print(f"{task.display_name} {state_word(task.state)}")
+        if task.last_checkpoint:
+            say(f"last checkpoint: {task.last_checkpoint}")
+    else:
+        print(f"{task.display_name} stopping")
+        say(f"watch it: finetunectl task watch {task_word(task)}")
+
+
+@app.command()
+def delete(
+    ctx: typer.Context,
+    name: TaskArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete a task, its runs and its log. Files in the output folder stay."""
+    with settings(ctx).client() as client:
+        task = client.get_task(name)
+        if not yes and not sys.stdin.isatty():
+            say("error: deleting needs a yes, and there is no terminal to ask on")
+            say(f"say it: finetunectl task delete {name} --yes")
+            raise typer.Exit(Exit.USAGE)
+        if not yes and not typer.confirm(f"Delete task {task.display_name}?", err=True):
+            raise typer.Exit(Exit.FAILED)
+        client.delete_task(task.name, etag=task.etag)
+    if as_json:
+        print("{}")
+    else:
+        print(f"{task.display_name} deleted")
+
+
+@app.command()
+def watch(ctx: typer.Context, name: TaskArgument, as_json: JsonOption = False) -> None:
+    """Watch a task to the end of its run. Ctrl-C ends the watching, not the run."""
+    from finetuned.cli.follow import follow, task_word
+    from finetuned.v1.task_pb2 import TaskState
+
+    with settings(ctx).client() as client:
+        task = client.get_task(name)
+        if task.state == TaskState.TASK_STATE_PENDING:
+            say(f"not started yet; start it: finetunectl task start {task_word(task)}")
+        raise typer.Exit(follow(client, task, as_json=as_json))
+
+
+@app.command()
+def logs(
+    ctx: typer.Context,
+    name: TaskArgument,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")
+    ] = False,
+    level: Annotated[
+        str, typer.Option("--level", metavar="LEVEL", help=f"At least {', '.join(_LEVELS)}.")
+    ] = "info",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the log of a task: all its runs, oldest line first."""
+    from finetuned.v1.event_pb2 import Event
+
+    if level not in _LEVELS:
+        raise typer.BadParameter(f"one of {', '.join(_LEVELS)}", param_hint="--level")
+    shown = _LEVELS[_LEVELS.index(level) :]
+    with settings(ctx).client() as client:
+        if follow:
+            for item in client.watch(name, until_end=True):
+                if isinstance(item, Event):
+                    _show_log(item, shown, as_json)
+        else:
+            for event in client.list_events(name):
+                _show_log(event, shown, as_json)
+
+
+def _show_log(event: Event, levels: tuple[str, ...], as_json: bool) -> None:
+    from finetuned.cli.output import local, print_json_line, to_dict
+
+    if event.WhichOneof("payload") != "log_line":
+        return
+    line = event.log_line
+    # A level that a later daemon may send is shown rather than lost.
+    if line.level in _LEVELS and line.level not in levels:
+        return
+    if as_json:
+        print_json_line({"event": to_dict(event)})
+    else:
+        moment = f"{local(event.time):%Y-%m-%d %H:%M:%S}"
+        print(f"{moment} {line.level.upper():7} {line.logger}: {line.text}", flush=True)
+
+
+def _show_task(task: Task, runs: list[Run]) -> None:
+    from finetuned._parameters import flatten
+    from finetuned.cli.output import (
+        phase_word,
+        print_pairs,
+        print_table,
+        progress_text,
+        reason_word,
+        state_text,
+        time_text,
+        type_word,
+    )
+
+    print_pairs(
+        [
+            ("name", task.display_name),
+            ("id", task.name.removeprefix("tasks/")),
+            ("type", type_word(task.training_type)),
+            ("state", state_text(task.state)),
+            ("phase", phase_word(task.phase) if task.phase else ""),
+            ("queue", f"place {task.queue_position}" if task.queue_position else ""),
+            ("end", reason_word(task.end_reason)),
+            ("why", task.end_message),
+            ("steps", progress_text(task)),
+            ("loss", f"{task.progress.loss:.4f}" if task.progress.HasField("loss") else ""),
+            ("device", task.device or "(the first GPU, or the CPU)"),
+            ("checkpoint", task.last_checkpoint),
+            ("created", time_text(task.create_time)),
+            ("started", time_text(task.start_time)),
+            ("ended", time_text(task.end_time)),
+        ]
+    )
+    print("\nparameters")
+    print_pairs(
+        (f"  {path}", ", ".join(value) if isinstance(value, list) else _value(value))
+        for path, value in flatten(task.parameters).items()
+    )
+    if len(runs) > 1:
+        print("\nruns")
+        print_table(
+            ("run", "state", "end", "device", "steps", "started", "ended"),
+            (
+                (
+                    str(run.number),
+                    state_text(run.state),
+                    reason_word(run.end_reason),
+                    run.device,
+                    str(run.progress.step or ""),
+                    time_text(run.start_time),
+                    time_text(run.end_time),
+                )
+                for run in runs
+            ),
+        )
+
+
+def _value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,200 @@
+"""`finetunectl train`, and the options that `task create` shares with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetuned.cli.settings import JsonOption, Settings, say, settings
+
+if TYPE_CHECKING:
+    from finetuned._client import Client
+    from finetuned.cli.params import Draft, Wish
+    from finetuned.v1.task_pb2 import Task
+
+TypeOption = Annotated[
+    str | None,
+    typer.Option("--type", metavar="TYPE", help="sft (on chats) or pretrain (on text). [sft]"),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="Folder of the base model, Hugging Face format."),
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", metavar="FILE", help="Training data: JSONL, or text.")
+]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        help="Folder for checkpoints and result. [./finetuned-output/NAME]",
+    ),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Display name of the task. [type and time]"),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu, cuda:0 ... [the first GPU, or cpu]"),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("-f", "--file", metavar="FILE", help="Parameters in YAML or JSON, by section."),
+]
+LikeOption = Annotated[
+    str | None,
+    typer.Option("--like", metavar="TASK", help="Take type and parameters of another task."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.FIELD=VALUE",
+        help="One parameter, such as training.batch_size=4; again for more.",
+    ),
+]
+
+
+def train(
+    ctx: typer.Context,
+    training_type: TypeOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    output: OutputOption = None,
+    name: NameOption = None,
+    device: DeviceOption = None,
+    file: FileOption = None,
+    like: LikeOption = None,
+    assignments: SetOption = None,
+    detach: Annotated[
+        bool, typer.Option("-d", "--detach", help="Start it and return; do not watch.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Create a task, start it, and watch it to its end.
+
+    Starts the daemon if none runs. Ctrl-C ends the watching, not the run. Options win over --file,
+    and --set wins over both.
+    """
+    with settings(ctx).client() as client:
+        wish = wish_of(
+            client, training_type, model, data, output, name, device, file, like, assignments
+        )
+        task = create(client, settings(ctx), wish, start=True)
+        if detach:
+            show_created(task, as_json)
+            return
+        from finetuned.cli.follow import follow
+
+        raise typer.Exit(follow(client, task, as_json=as_json))
+
+
+def wish_of(
+    client: Client,
+    training_type: str | None,
+    model: str | None,
+    data: str | None,
+    output: str | None,
+    name: str | None,
+    device: str | None,
+    file: Path | None,
+    like: str | None,
+    assignments: list[str] | None,
+) -> Wish:
+    """What the options ask for."""
+    from finetuned.cli.params import Wish, read_file
+
+    wish = read_file(file) if file is not None else Wish()
+    if like is not None:
+        _fill_from(client.get_task(like), wish)
+    wish.training_type = training_type or wish.training_type
+    wish.display_name = name or wish.display_name
+    wish.device = device or wish.device
+    wish.put("data.model_path", model)
+    wish.put("data.train_file", data)
+    wish.put("data.output_dir", output)
+    wish.set_all(assignments or [])
+    return wish
+
+
+def create(client: Client, options: Settings, wish: Wish, *, start: bool) -> Task:
+    """Create the task.
+
+    Raises:
+        InvalidArgument: Everything that is wrong, here and in the daemon's eyes, in one answer.
+    """
+    from finetuned._launch import start_daemon
+    from finetuned.cli.params import draft
+
+    plan = draft(wish)
+    if plan.violations:
+        raise _everything_wrong(client, plan, start=start)
+    start_daemon(options.address, on_start=lambda log: say(f"starting the daemon (log: {log})"))
+    return client.create_task(
+        plan.training_type,
+        plan.parameters,
+        display_name=plan.display_name,
+        device=plan.device,
+        start=start,
+    )
+
+
+def show_created(task: Task, as_json: bool) -> None:
+    """The new task on stdout: its name alone, for scripts; what to type next on stderr."""
+    from finetuned.cli.follow import task_word
+    from finetuned.cli.output import print_json
+    from finetuned.v1.task_pb2 import TaskState
+
+    if as_json:
+        print_json(task)
+        return
+    print(task.display_name)
+    verb = "start" if task.state == TaskState.TASK_STATE_PENDING else "watch"
+    say(f"{verb} it: finetunectl task {verb} {task_word(task)}")
+
+
+def _fill_from(task: Task, wish: Wish) -> None:
+    """Put what another task has under what the wish says."""
+    from finetuned._parameters import flatten
+    from finetuned.cli.output import type_word
+
+    wish.training_type = wish.training_type or type_word(task.training_type)
+    wish.device = wish.device or task.device
+    for path, value in flatten(task.parameters).items():
+        section, _, field = path.partition(".")
+        if field not in wish.sections.get(section, {}):
+            wish.put(path, value)
+
+
+def _everything_wrong(client: Client, plan: Draft, *, start: bool) -> Exception:
+    from finetuned._errors import FinetunedError, InvalidArgument
+
+    violations = list(plan.violations)
+    known = {violation.field for violation in violations}
+    try:
+        # What could be read goes to the daemon, which writes nothing: one answer names it all.
+        client.create_task(
+            plan.training_type,
+            plan.parameters,
+            display_name=plan.display_name,
+            device=plan.device,
+            start=start,
+            validate_only=True,
+        )
+    except InvalidArgument as error:
+        violations += [
+            violation
+            for violation in error.violations
+            if violation.field.removeprefix("task.").removeprefix("parameters.") not in known
+        ]
+    except FinetunedError:
+        pass  # no daemon, or another trouble: what is known is bad enough
+    return InvalidArgument(
+        "; ".join(f"{v.field}: {v.description}" for v in violations),
+        reason="INVALID_FIELDS",
+        violations=violations,
+    )

@@ -1,0 +1,188 @@
+"""The clients against a peer that misbehaves in ways that our daemon cannot be made to."""
+
+# The servicer's methods are called what the contract calls them.
+# ruff: noqa: N802
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from finetuned import (
+    ConnectionLost,
+    DaemonUnavailable,
+    DeadlineExceeded,
+    Event,
+    EventsLost,
+    Snapshot,
+    Task,
+    Unimplemented,
+    _silence,
+)
+from finetuned.v1 import task_pb2
+from finetuned.v1.task_service_pb2 import (
+    CreateTaskResponse,
+    GetTaskResponse,
+    WatchTaskResponse,
+)
+from finetuned.v1.task_service_pb2_grpc import (
+    TaskServiceServicer,
+    add_TaskServiceServicer_to_server,
+)
+
+
+class Peer(TaskServiceServicer):
+    """Answers as each test scripts it, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.failures = 0
+        self.streams: list[list[WatchTaskResponse | str]] = []
+        self.over = threading.Event()
+
+    def _fail_first(self, request: Any, context: grpc.ServicerContext) -> None:
+        self.asked.append(request)
+        if len(self.asked) <= self.failures:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+
+    def CreateTask(self, request: Any, context: grpc.ServicerContext) -> CreateTaskResponse:
+        self._fail_first(request, context)
+        return CreateTaskResponse(task=request.task)
+
+    def DeleteTask(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._fail_first(request, context)
+
+    def GetTask(self, request: Any, context: grpc.ServicerContext) -> GetTaskResponse:
+        self.asked.append(request)
+        self.over.wait()
+        return GetTaskResponse()
+
+    def WatchTask(self, request: Any, context: grpc.ServicerContext) -> Iterator[WatchTaskResponse]:
+        self.asked.append(request)
+        context.add_callback(self.over.set)  # before anything is sent, so that no end is missed
+        for message in self.streams.pop(0):
+            if message == "hang":
+                self.over.wait()
+                return
+            assert isinstance(message, WatchTaskResponse)
+            yield message
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Peer]:
+    """The peer, served at `tmp_path / "s"`."""
+    peer = Peer()
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_TaskServiceServicer_to_server(peer, server)
+    server.add_insecure_port(f"unix:{tmp_path}/s")
+    server.start()
+    yield peer
+    peer.over.set()
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def client(make: Callable[..., Any], peer: Peer, tmp_path: Path) -> Any:
+    """A client of the peer that waits half a second for an answer."""
+    return make(f"unix:{tmp_path}/s", timeout=0.5)
+
+
+def snapshot(last_seq: int) -> WatchTaskResponse:
+    task = Task(name="tasks/a", state=task_pb2.TASK_STATE_RUNNING, last_seq=last_seq)
+    return WatchTaskResponse(snapshot=Snapshot(task=task, log_epoch="e"))
+
+
+def event(seq: int) -> WatchTaskResponse:
+    return WatchTaskResponse(event=Event(seq=seq))
+
+
+def end(seq: int) -> WatchTaskResponse:
+    result = event(seq)
+    result.event.state_change.new_state = task_pb2.TASK_STATE_COMPLETED
+    return result
+
+
+async def watched(client: Any) -> list[Any]:
+    return [item async for item in client.watch("tasks/a", until_end=True)]
+
+
+async def test_a_create_is_repeated_with_the_same_request_id(client: Any, peer: Peer) -> None:
+    peer.failures = 2
+    await client.create_task("sft", display_name="x")
+    assert len(peer.asked) == 3
+    assert len({request.request_id for request in peer.asked}) == 1
+    assert peer.asked[0].request_id
+
+
+async def test_a_delete_is_not_repeated(client: Any, peer: Peer) -> None:
+    peer.failures = 1
+    with pytest.raises(DaemonUnavailable):
+        await client.delete_task("tasks/a")
+    assert len(peer.asked) == 1
+
+
+async def test_an_answer_that_does_not_come_is_an_error(client: Any, peer: Peer) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await client.get_task("tasks/a")
+    assert len(peer.asked) == 1
+
+
+async def test_a_daemon_that_does_not_know_a_call_is_told_apart(client: Any) -> None:
+    with pytest.raises(Unimplemented):
+        await client.system_info()
+
+
+@pytest.mark.parametrize("seqs", [[1, 3], [1, 1], [2]])
+async def test_events_that_are_not_dense_are_refused(
+    client: Any, peer: Peer, seqs: list[int]
+) -> None:
+    peer.streams = [[snapshot(0), *(event(seq) for seq in seqs)]]
+    with pytest.raises(EventsLost):
+        await watched(client)
+
+
+async def test_a_stream_that_breaks_is_taken_up_where_it_broke(client: Any, peer: Peer) -> None:
+    peer.streams = [[snapshot(2), event(1), event(2)], [], [snapshot(2), end(3)]]
+    items = await watched(client)
+    kinds = [type(item) for item in items]
+    assert kinds == [Snapshot, Event, Event, ConnectionLost, Snapshot, Event]
+    assert [(r.after_seq, r.log_epoch) for r in peer.asked] == [(0, ""), (2, "e"), (2, "e")]
+
+
+async def test_a_silent_stream_is_taken_for_dead(
+    client: Any, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_silence, "SILENCE_SECONDS", 0.2)
+    peer.streams = [[snapshot(0), event(1), "hang"], [snapshot(1), end(2)]]
+    items = await watched(client)
+    (lost,) = (item for item in items if isinstance(item, ConnectionLost))
+    assert "nothing came" in lost.error.message
+    assert [item.seq for item in items if isinstance(item, Event)] == [1, 2]
+
+
+async def test_a_slow_reader_is_not_taken_for_a_silent_stream(
+    client: Any, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_silence, "SILENCE_SECONDS", 0.1)
+    peer.streams = [[snapshot(0), event(1), event(2), end(3)]]
+    items = []
+    never = threading.Event()
+    async for item in client.watch("tasks/a", until_end=True):
+        never.wait(0.15)
+        items.append(item)
+    assert [type(item) for item in items] == [Snapshot, Event, Event, Event]
+
+
+async def test_a_watch_that_is_left_ends_its_stream(client: Any, peer: Peer) -> None:
+    peer.streams = [[snapshot(0), "hang"]]
+    items = client.watch("tasks/a")
+    assert isinstance(await anext(items), Snapshot)
+    await items.aclose()
+    assert await asyncio.to_thread(peer.over.wait, 10), "the server saw the end of the stream"
