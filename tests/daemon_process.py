@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc
+import psutil
 
 from finetuned._paths import Paths
 from finetuned.v1 import (
@@ -101,14 +102,10 @@ class Daemon:
         """Ends the daemon and every runner that is left."""
         if self.process is not None and self.process.poll() is None:
             self.kill()
-        for file in self.paths.state_dir.glob("runs/*/*/process.json"):
-            pid = json.loads(file.read_bytes())["identity"]["pid"]
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except FileNotFoundError:
-                continue
-            if str(self.paths.state_dir).encode() in command:
-                os.kill(pid, signal.SIGKILL)
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or [""]
+            if command[-1].startswith(str(self.paths.state_dir)):
+                process.kill()
         self._forget_channel()
 
     @property

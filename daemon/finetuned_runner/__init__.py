@@ -1,1 +1,1 @@
-"""The training runner: `python -m finetuned_runner RUN_DIR`, one process per run. The only package with torch."""
+"""The training runner, one process per run. The only package with torch."""

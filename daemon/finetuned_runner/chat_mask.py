@@ -1,25 +1,29 @@
-"""Which characters of a rendered chat are the assistant's: its content and the end-of-turn token, turn by turn.
+"""Which characters of a rendered chat are the assistant's: its content and end-of-turn token.
 
-A template with `{% generation %}` blocks says so itself. For every other template two independent methods must agree:
+A template with `{% generation %}` blocks says so itself. For every other one two independent
+methods must agree:
 
-growing prefixes    The chat up to a turn, with the generation prompt, must be how the whole rendering begins: the turn starts
-                    there at the earliest. The chat through the turn shows where it ends.
-tracked contents    The same chat is rendered with a unique word in place of every content. What stands between the words is
-                    the template's own text; laid over the real rendering it shows where each content stands, and what
-                    follows a turn both in mid-chat and at the end is its end of turn.
+growing prefixes    The chat up to a turn, with the generation prompt, must be how the whole
+                    rendering begins: the turn starts there at the earliest. The chat through the
+                    turn shows where it ends.
+tracked contents    The same chat is rendered with a unique word in place of every content. What
+                    stands between the words is the template's own text. Laid over the real
+                    rendering it shows where each content stands; what follows a turn both in
+                    mid-chat and at the end of a chat is its end of turn.
 
-A turn's span begins at its content, or at the blanks that the template puts between generation prompt and content (they are
-one token with the content's first word in many tokenizers), and ends with the end-of-turn token. A line feed that follows it is
-not learned: generation stops before. Neither is text that the template itself puts before the content, such as an empty
-reasoning block. Where the methods fail or differ the chat is refused: a wrong mask is a model that learns the user's part.
+A turn's span begins at its content, or at the blanks that the template puts between generation
+prompt and content (they are one token with the content's first word in many tokenizers), and ends
+with the end-of-turn token. A line feed that follows is not learned: generation stops before it.
+Neither is text that the template itself puts before the content, such as an empty reasoning block.
+Where the methods fail or differ the chat is refused: a wrong mask is a model that learns the user's
+part.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -56,6 +60,18 @@ class _Skeleton:
     """Index of the message whose content stands at each place."""
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """Where an assistant turn stands in a rendering."""
+
+    content_start: int
+    content_end: int
+    end: int
+    """Behind the end-of-turn token."""
+    tail: str
+    """All that follows the content where the chat ends with this turn."""
+
+
 class ChatMask:
     """Renders chats with a tokenizer's template and finds what is to be learned."""
 
@@ -65,19 +81,21 @@ class ChatMask:
             template = tokenizer.get_chat_template()
         except ValueError:
             raise MaskError("the tokenizer has no chat template") from None
-        self._template = cast("str", template)
+        self._template = template
         self._variables = dict(tokenizer.special_tokens_map)
         self.has_generation_blocks = _GENERATION_BLOCK.search(self._template) is not None
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         tokens.update(str(token) for token in tokenizer.all_special_tokens)
-        self._end_token = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+        self._end_token = re.compile(
+            "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
+        )
         self._skeletons: dict[tuple[str, ...], _Skeleton | str] = {}
 
     def render(self, messages: list[Message]) -> Rendered:
         """Renders a chat.
 
         Raises:
-            MaskError: The template refuses the chat, or it is not certain which text is the assistant's.
+            MaskError: The template refuses the chat, or the assistant's text is not certain.
         """
         if self.has_generation_blocks:
             return self._by_generation_blocks(messages)
@@ -100,9 +118,10 @@ class ChatMask:
         return self._call(messages, add_generation_prompt=generation_prompt)[0]
 
     def _call(self, messages: list[Message], **options: Any) -> tuple[str, list[Span]]:
+        render: Any = render_jinja_template
         try:
-            texts, spans = render_jinja_template(
-                conversations=[cast("list[dict[str, str]]", messages)],
+            texts, spans = render(
+                conversations=[messages],
                 chat_template=self._template,
                 **options,
                 **self._variables,
@@ -133,12 +152,14 @@ class ChatMask:
             return str(error)
         order = [int(match[1]) for match in _WORD.finditer(rendered)]
         assistants = [index for index, role in enumerate(roles) if role == "assistant"]
-        if [index for index in order if index in assistants] != assistants or len(set(order)) < len(order):
+        if [index for index in order if index in assistants] != assistants or len(set(order)) < len(
+            order
+        ):
             return "the template drops, repeats or reorders contents"
         return _Skeleton(_WORD.split(rendered)[::2], order)
 
-    def _track(self, messages: list[Message], whole: str) -> dict[int, tuple[Span, int]] | str:
-        """For each assistant turn the span of its content and the end of its end-of-turn token; or why it can't be said."""
+    def _track(self, messages: list[Message], whole: str) -> dict[int, _Turn] | str:
+        """Where each assistant turn stands, by index of its message; or why it can't be said."""
         roles = tuple(message["role"] for message in messages)
         skeleton = self._skeleton(roles)
         if isinstance(skeleton, str):
@@ -146,22 +167,26 @@ class ChatMask:
         contents = self._lay(skeleton, messages, whole)
         if contents is None:
             return "the template changes contents, or its own text with them"
-        found: dict[int, tuple[Span, int]] = {}
+        found: dict[int, _Turn] = {}
         for place, index in enumerate(skeleton.order):
             if roles[index] != "assistant":
                 continue
             ended = self._skeleton(roles[: index + 1])
             if isinstance(ended, str):
                 return ended
-            end = self._end_of_turn(skeleton.texts[place + 1], ended.texts[-1])
+            if ended.order[-1] != index:
+                return "the template reorders contents"
+            tail = ended.texts[-1]
+            end = self._end_of_turn(skeleton.texts[place + 1], tail)
             if end is None:
                 return "no end-of-turn token follows the assistant's turns"
-            found[index] = (contents[index], contents[index][1] + end)
+            start, stop = contents[index]
+            found[index] = _Turn(start, stop, stop + end, tail)
         return found
 
     @staticmethod
     def _lay(skeleton: _Skeleton, messages: list[Message], whole: str) -> dict[int, Span] | None:
-        """Lays a skeleton over a rendering: the span of each message's content, None if they don't fit."""
+        """Lays a skeleton over a rendering: the span of each content, None if they don't fit."""
         if not whole.startswith(skeleton.texts[0]):
             return None
         spans: dict[int, Span] = {}
@@ -169,7 +194,9 @@ class ChatMask:
         for index, text in zip(skeleton.order, skeleton.texts[1:], strict=True):
             content = messages[index]["content"]
             # Templates trim contents, or leave them as they are.
-            for variant in dict.fromkeys((content, content.lstrip(), content.rstrip(), content.strip())):
+            for variant in dict.fromkeys(
+                (content, content.lstrip(), content.rstrip(), content.strip())
+            ):
                 end = position + len(variant)
                 if whole.startswith(variant, position) and whole.startswith(text, end):
                     break
@@ -180,8 +207,8 @@ class ChatMask:
         return spans if position == len(whole) else None
 
     def _end_of_turn(self, in_chat: str, at_end: str) -> int | None:
-        """How many characters after the content the turn ends; None if no end-of-turn token is common to both."""
-        match = self._end_token.search(os.path.commonprefix([in_chat, at_end]))
+        """How far after the content the turn ends; None if both share no end-of-turn token."""
+        match = self._end_token.search(_common_beginning(in_chat, at_end))
         return match.end() if match else None
 
     # --- growing prefixes
@@ -194,26 +221,27 @@ class ChatMask:
         return len(prompt)
 
     def _checked(
-        self, messages: list[Message], index: int, whole: str, earliest: int, tracked: tuple[Span, int]
+        self, messages: list[Message], index: int, whole: str, earliest: int, turn: _Turn
     ) -> Span:
         """The span of a turn by tracked contents, held against the prefixes."""
-        (content_start, content_end), end = tracked
         start = self._start(messages, index, whole)
-        if not earliest <= start <= content_start:
+        if not earliest <= start <= turn.content_start:
             raise MaskError(f"messages[{index}] begins before its generation prompt ends")
         through = self._render(messages[: index + 1])
         if whole.startswith(through):
-            if end > len(through):
+            if turn.end > len(through):
                 raise MaskError(f"messages[{index}] ends before its end-of-turn token")
-        elif not through.rstrip().endswith(whole[content_start:end]):
-            # Some templates write the last turn differently (Qwen3: with a reasoning block); content and end must stay.
+        elif not through.endswith(whole[turn.content_start : turn.content_end] + turn.tail):
+            # Some templates write the last turn differently (Qwen3: with a reasoning block);
+            # content and end must stay.
             raise MaskError(f"messages[{index}] is written differently when the chat goes on")
-        return (start if whole[start:content_start].isspace() else content_start), end
+        blank = whole[start : turn.content_start].isspace()
+        return (start if blank else turn.content_start), turn.end
 
     def _by_prefixes_alone(
         self, messages: list[Message], index: int, whole: str, earliest: int, why: str
     ) -> Span:
-        """The span of a turn whose template rewrites contents, by prefixes, held against the content itself."""
+        """The span of a turn that the template rewrites: by prefixes, held against the content."""
         start = self._start(messages, index, whole)
         through = self._render(messages[: index + 1])
         turn = whole[start : len(through)]
@@ -224,6 +252,11 @@ class ChatMask:
             if _squeeze(turn[: match.start()]) == content:
                 return start, start + match.end()
         raise MaskError(why)
+
+
+def _common_beginning(one: str, other: str) -> str:
+    size = min(len(one), len(other))
+    return one[: next((i for i in range(size) if one[i] != other[i]), size)]
 
 
 def _squeeze(text: str) -> str:

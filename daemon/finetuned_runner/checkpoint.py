@@ -1,7 +1,8 @@
 """Checkpoints and outputs that are whole or not there: written aside, made durable, then renamed.
 
-A checkpoint carries `manifest.json` with the name, size and hash of every file: transformers resumes without a word where
-the optimizer's or the random generators' state is missing, and trains on to other results.
+A checkpoint carries `manifest.json` with the name, size and hash of every file: transformers
+resumes without a word where the optimizer's or the random generators' state is missing, and trains
+on to other results.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Makes all files of `folder` durable and lists them in its manifest, which is returned complete."""
+    """Makes all files of `folder` durable and lists them in its manifest, which is returned."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:

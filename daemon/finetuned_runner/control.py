@@ -1,4 +1,4 @@
-"""What is wished of a run: `control.json` and SIGTERM, watched by a thread from the first moment to the last."""
+"""What is wished of a run: `control.json` and SIGTERM, watched by a thread from first to last."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from finetuned_daemon.runs.contract import CONTROL, Control, EndReason, Result, RunPhase, StopWish
-
 from finetuned_runner.report import Report
 
 _POLL_SECONDS = 0.1
@@ -23,11 +22,12 @@ _logger = logging.getLogger(__name__)
 
 
 def mask_signals() -> None:
-    """Keeps the terminal's signals and SIGTERM away from this process, its threads and its children.
+    """Keeps the terminal's signals and SIGTERM away from this process, its threads and children.
 
-    To be called before any thread starts. SIGHUP and SIGINT are for the terminal that the daemon was started from. SIGTERM is
-    blocked and fetched by the watching thread: a Python handler would wait for the main thread, which may be minutes inside
-    native code. Data loader workers inherit the mask, so that a SIGTERM to the process group leaves them to their parent.
+    To be called before any thread starts. SIGHUP and SIGINT are for the terminal that the daemon
+    was started from. SIGTERM is blocked and fetched by the watching thread: a Python handler would
+    wait for the main thread, which may be minutes inside native code. Data loader workers inherit
+    the mask, so that a SIGTERM to the process group leaves them to their parent.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -90,10 +90,11 @@ class Watch:
         while self._stage is not _Stage.ENDED:
             try:
                 self._look()
-            except Exception:  # noqa: BLE001 - a watcher that dies would leave a run that can't be stopped
-                _logger.exception("cannot read %s", self._path)
-            if self._wait_for_sigterm():
-                self._take(StopWish.SAVE, "signal")
+                if self._wait_for_sigterm():
+                    self._take(StopWish.SAVE, "signal")
+            except Exception:  # without its watch a run can't be stopped
+                _logger.exception("a wish can't be read or told")
+                time.sleep(_POLL_SECONDS)
 
     def _wait_for_sigterm(self) -> bool:
         if _HAS_SIGTIMEDWAIT:
@@ -106,7 +107,8 @@ class Watch:
             stat = self._path.stat()
         except FileNotFoundError:
             return
-        # Replaced as a whole, so that a new wish is a new inode; the other two are for file systems that reuse them.
+        # Replaced as a whole, so that a new wish is a new inode; the other two are for file systems
+        # that reuse them.
         seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if seen == self._seen:
             return
@@ -120,7 +122,8 @@ class Watch:
             if self._stage is _Stage.ENDED:
                 return
             if self.wish is not None:
-                # The signal may be the daemon's second step after a wish to discard: that stands. A wish to save wins.
+                # The signal may be the daemon's second step after a wish to discard: that stands. A
+                # wish to save wins.
                 if cause == "stop" and stop is StopWish.SAVE:
                     self.wish = stop
                 return
@@ -132,7 +135,8 @@ class Watch:
                 self._exit()
 
     def _exit(self) -> None:
-        # The main thread may be deep in an import or a load that nothing interrupts; there is nothing of it to keep.
+        # The main thread may be deep in an import or a load that nothing interrupts; there is
+        # nothing of it to keep.
         try:
             self._report.finish(
                 Result(

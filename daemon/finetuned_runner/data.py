@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from finetuned_daemon.parameters.datafile import BadLine, Chat, Document, read_chats, read_documents
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import EndReason, RunPhase
-
 from finetuned_runner.chat_mask import ChatMask, MaskError, Span
 from finetuned_runner.failures import RunFailed
 from finetuned_runner.report import Report
@@ -35,10 +34,11 @@ _PAD_MULTIPLE = 8
 _logger = logging.getLogger(__name__)
 
 Sample = dict[str, list[int]]
+_Item = TypeVar("_Item", Chat, Document)
 
 
 class TokenDataset(Dataset[Sample]):
-    """Samples of tokens, packed: five bytes a token, where lists of Python numbers take 16 to 72."""
+    """Samples of tokens, packed: five bytes a token, where lists of numbers take 16 to 72."""
 
     def __init__(self) -> None:
         self._tokens = array("i")
@@ -58,7 +58,10 @@ class TokenDataset(Dataset[Sample]):
         start, end = self._ends[index], self._ends[index + 1]
         tokens = self._tokens[start:end].tolist()
         learned = self._learned[start:end]
-        labels = [token if is_learned else IGNORED for token, is_learned in zip(tokens, learned, strict=True)]
+        labels = [
+            token if is_learned else IGNORED
+            for token, is_learned in zip(tokens, learned, strict=True)
+        ]
         return {"input_ids": tokens, "labels": labels}
 
     @property
@@ -84,12 +87,14 @@ Samples = TokenDataset | Subset[Sample]
 class Collator:
     """Pads the samples of a batch to the longest, rounded up to a multiple of 8.
 
-    Gives `input_ids`, `attention_mask` and `labels`, int64 of shape (samples, length), padded on the right.
+    Gives `input_ids`, `attention_mask` and `labels`, int64 of shape (samples, length), padded on
+    the right.
     """
 
     pad_id: int
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        """Pads a batch."""
         longest = max(len(sample["input_ids"]) for sample in samples)
         length = -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE
         shape = (len(samples), length)
@@ -113,14 +118,16 @@ def encode_chats(
     """Tokens of chats, of which the assistant's are learned; longer ones are cut on the right.
 
     Raises:
-        RunFailed: DATASET_INVALID, where it is not certain which tokens are the assistant's or none is left to learn.
+        RunFailed: DATASET_INVALID, where it is not certain which tokens are the assistant's or none
+            is left to learn.
     """
     try:
         mask = ChatMask(tokenizer)
     except MaskError as error:
         raise RunFailed(
             EndReason.DATASET_INVALID,
-            f"The chats can't be written out: {error}; set data.tokenizer_path to a tokenizer with one.",
+            f"The chats can't be written out: {error}; set data.tokenizer_path to a tokenizer "
+            "with one.",
         ) from error
     dataset = TokenDataset()
     cut = empty = done = 0
@@ -155,7 +162,8 @@ def encode_chats(
     if not len(dataset):
         raise RunFailed(
             EndReason.DATASET_INVALID,
-            f"No sample has an assistant's token within training.max_seq_length ({max_length}): nothing to learn.",
+            f"No sample has an assistant's token within training.max_seq_length ({max_length}): "
+            "nothing to learn.",
         )
     if cut:
         report.notice(
@@ -167,7 +175,8 @@ def encode_chats(
         report.notice(
             "training.max_seq_length",
             "SAMPLES_DROPPED",
-            f"{empty} of {len(chats)} samples have no assistant's token within {max_length} tokens and were left out.",
+            f"{empty} of {len(chats)} samples have no assistant's token within {max_length} "
+            "tokens and were left out.",
         )
     return dataset
 
@@ -175,13 +184,14 @@ def encode_chats(
 def _uncertain(line: int, error: MaskError) -> str:
     return (
         f"line {line}: it is not certain which tokens are the assistant's ({error}); "
-        "set data.tokenizer_path to a tokenizer whose chat template marks them with {% generation %} blocks."
+        "set data.tokenizer_path to a tokenizer whose chat template marks them with "
+        "{% generation %} blocks."
     )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Any]:
     """`tokenizers.Encoding` of each text; templates write the special tokens themselves."""
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
     return encodings
 
@@ -202,13 +212,17 @@ def _tokens_of(span: Span, encoding: Any, text: str) -> tuple[int, int]:
     if token_start < span[0]:
         if text[token_start:token_end].strip():
             raise MaskError("a token holds the end of the prompt and the beginning of the answer")
-        first += 1  # line feeds of the template and of the content in one token: nothing to learn in it
+        first += (
+            1  # line feeds of the template and of the content in one token: nothing to learn in it
+        )
     last = None
     while end > start and (last := encoding.char_to_token(end - 1)) is None:
         end -= 1
     if last is None:
         return 0, 0
-    while last + 1 < len(encoding.ids) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
+    while last + 1 < len(encoding.ids) and encoding.token_to_chars(
+        last + 1
+    ) == encoding.token_to_chars(last):
         last += 1  # one character in several tokens
     if encoding.token_to_chars(last)[1] > span[1]:
         if text[span[1] : encoding.token_to_chars(last)[1]].strip():
@@ -223,18 +237,20 @@ def _tokens_of(span: Span, encoding: Any, text: str) -> tuple[int, int]:
 def encode_documents(
     documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, report: Report
 ) -> TokenDataset:
-    """Blocks of `max_length` tokens, all learned: documents one after the other, the end-of-text token after each.
+    """Blocks of `max_length` tokens, all learned: documents, each with the end-of-text token.
 
     A document may span blocks and a block several documents; the last block may be shorter.
 
     Raises:
-        RunFailed: MODEL_UNLOADABLE without an end-of-text token; DATASET_INVALID if there is no text.
+        RunFailed: MODEL_UNLOADABLE without an end-of-text token; DATASET_INVALID if there is no
+            text.
     """
     end_of_text = tokenizer.eos_token_id
     if not isinstance(end_of_text, int):
         raise RunFailed(
             EndReason.MODEL_UNLOADABLE,
-            "The tokenizer has no end-of-text token to part documents with; set data.tokenizer_path to one that has.",
+            "The tokenizer has no end-of-text token to part documents with; set "
+            "data.tokenizer_path to one that has.",
         )
     dataset = TokenDataset()
     tokens: list[int] = []
@@ -250,7 +266,9 @@ def encode_documents(
         del tokens[:whole]
         if time.monotonic() - said > _REPORT_SECONDS:
             said = time.monotonic()
-            report.phase(RunPhase.PREPARING_DATA, f"{start + len(texts)} of {len(documents)} documents")
+            report.phase(
+                RunPhase.PREPARING_DATA, f"{start + len(texts)} of {len(documents)} documents"
+            )
     if len(tokens) > 1:  # a single token predicts nothing
         dataset.append(tokens, b"\1" * len(tokens))
     if not len(dataset):
@@ -279,8 +297,8 @@ def load_documents(path: Path, limit: int = 0) -> list[Document]:
     return _collect(path, read_documents(path), limit)
 
 
-def _collect[T: (Chat, Document)](path: Path, items: Iterator[T | BadLine], limit: int) -> list[T]:
-    good: list[T] = []
+def _collect(path: Path, items: Iterator[_Item | BadLine], limit: int) -> list[_Item]:
+    good: list[_Item] = []
     bad: list[BadLine] = []
     try:
         for item in islice(items, limit or None):
@@ -289,7 +307,9 @@ def _collect[T: (Chat, Document)](path: Path, items: Iterator[T | BadLine], limi
             else:
                 good.append(item)
     except OSError as error:
-        raise RunFailed(EndReason.DATASET_INVALID, f"{path} can't be read: {error.strerror}.") from error
+        raise RunFailed(
+            EndReason.DATASET_INVALID, f"{path} can't be read: {error.strerror}."
+        ) from error
     if bad:
         more = f"; and {len(bad) - _BAD_LINES_SHOWN} more" if len(bad) > _BAD_LINES_SHOWN else ""
         lines = "; ".join(map(str, bad[:_BAD_LINES_SHOWN]))
@@ -300,7 +320,7 @@ def _collect[T: (Chat, Document)](path: Path, items: Iterator[T | BadLine], limi
 
 
 def split(dataset: TokenDataset, ratio: float, seed: int) -> tuple[Subset[Sample], Subset[Sample]]:
-    """Takes a share of the samples, drawn by `seed`, for evaluation: (rest, share), both in the file's order.
+    """Takes a share of the samples, drawn by `seed`, for evaluation: (rest, share), in file order.
 
     Raises:
         RunFailed: DATASET_INVALID, where nothing would be left to train on.
@@ -309,7 +329,8 @@ def split(dataset: TokenDataset, ratio: float, seed: int) -> tuple[Subset[Sample
     if size >= len(dataset):
         raise RunFailed(
             EndReason.DATASET_INVALID,
-            f"data.eval_ratio {ratio:g} of {len(dataset)} samples leaves none to train on; lower it.",
+            f"data.eval_ratio {ratio:g} of {len(dataset)} samples leaves none to train on; lower "
+            "it.",
         )
     chosen = set(Random(seed).sample(range(len(dataset)), size))  # noqa: S311 - no secret
     rest = [index for index in range(len(dataset)) if index not in chosen]

@@ -24,14 +24,15 @@ _FIXED = {
 def prepare(spec: Spec) -> None:
     """Sets the environment of this process and its children."""
     os.environ.update(_FIXED)
-    # OpenMP's default is to spin at barriers: one other busy process then makes training 12 times slower, passive 2 times.
+    # OpenMP's default is to spin at barriers: one other busy process then makes training 12 times
+    # slower, passive 2 times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if spec.num_threads > 0:
         os.environ["OMP_NUM_THREADS"] = str(spec.num_threads)
     kind, _, number = spec.device.partition(":")
     os.environ["CUDA_VISIBLE_DEVICES"] = (number or "0") if kind == "cuda" else ""
-    # None makes a package count as not installed. datasets is of no use here and costs 0.6 s; bitsandbytes costs 2 s, and
-    # transformers and peft import it wherever it is installed.
+    # None makes a package count as not installed. datasets is of no use here and costs 0.6 s;
+    # bitsandbytes costs 2 s, and transformers and peft import it wherever it is installed.
     sys.modules["datasets"] = None  # type: ignore[assignment]
     if not needs_bitsandbytes(spec):
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]

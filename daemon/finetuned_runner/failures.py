@@ -1,4 +1,4 @@
-"""How a run ends when it can't go on: from the exception to the reason, the sentence and the next step."""
+"""How a run ends that can't go on: from the exception to reason, sentence and next step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from finetuned_daemon.runs.contract import EndReason, Result
 _DETAIL_LINES = 30
 
 _DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
-# safetensors and torch write from native code and pass only the text of the error on; torch's zip writer not even that.
+# safetensors and torch write from native code and pass only the text of the error on; torch's zip
+# writer not even that.
 _DISK_FULL_TEXTS = (
     "No space left on device",
     "Disk quota exceeded",
@@ -62,26 +63,31 @@ def judge(error: BaseException, parameters: Parameters, step: int) -> Result:
 
 def _reason(error: BaseException, parameters: Parameters) -> tuple[EndReason, str]:
     chain = list(_chain(error))
-    for cause in chain:
-        if isinstance(cause, RunFailed):
-            return cause.reason, cause.message
+    # What lies beneath comes first: a model that can't be loaded for want of memory isn't bad.
+    known = [cause for cause in chain if isinstance(cause, RunFailed)]
+    chain = [cause for cause in chain if not isinstance(cause, RunFailed)]
     if any(_is_disk_full(cause) for cause in chain):
         return (
             EndReason.DISK_FULL,
-            "No space is left on the disk; checkpoints saved before are whole: make room and resume from the newest.",
+            "No space is left on the disk; checkpoints saved before are whole: make room and "
+            "resume from the newest.",
         )
     if any(_is_device_memory(cause) for cause in chain):
         return EndReason.DEVICE_OUT_OF_MEMORY, _needs_less_memory(parameters)
     if any(_is_host_memory(cause) for cause in chain):
         return (
             EndReason.HOST_OUT_OF_MEMORY,
-            "The machine ran out of memory; a smaller training.batch_size or training.max_seq_length needs less.",
+            "The machine ran out of memory; a smaller training.batch_size or "
+            "training.max_seq_length needs less.",
         )
     if any(_says(cause, _DEVICE_LOST_TEXTS) for cause in chain):
         return (
             EndReason.DEVICE_LOST,
-            "The device went away; check it with its driver's tools, then resume from the newest checkpoint.",
+            "The device went away; check it with its driver's tools, then resume from the newest "
+            "checkpoint.",
         )
+    if known:
+        return known[0].reason, known[0].message
     return EndReason.RUNNER_CRASHED, f"{type(error).__name__}: {_first_line(error)}"
 
 
@@ -124,7 +130,8 @@ def _needs_less_memory(parameters: Parameters) -> str:
         half = training.batch_size // 2
         accumulation = training.gradient_accumulation_steps * training.batch_size // half
         advice = (
-            f"training.batch_size {training.batch_size} -> {half} with training.gradient_accumulation_steps"
+            f"training.batch_size {training.batch_size} -> {half} with "
+            "training.gradient_accumulation_steps"
             f" {training.gradient_accumulation_steps} -> {accumulation} needs less"
         )
     elif not parameters.optimization.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""What a run says of itself: `events.jsonl`, `result.json`, and the log that goes into both events and console."""
+"""What a run says of itself: `events.jsonl`, `result.json`, and the log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -23,13 +24,28 @@ from finetuned_daemon.runs.contract import (
     write_record,
 )
 
-_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+# They write out the model's whole configuration at every load and save.
+_WORDY_LOGGERS = (
+    "transformers.configuration_utils",
+    "transformers.generation.configuration_utils",
+    "transformers.generation.utils",
+    "transformers.tokenization_utils_base",
+    "transformers.utils.hub",
+)
 
 
 class Report:
     """Appends to `events.jsonl`, one event a line, whole or not at all; safe in threads.
 
-    A forked process (a data loader's worker) inherits the object and stays silent: two writers would give a `seq` twice.
+    A forked process (a data loader's worker) inherits the object and stays silent: two writers
+    would give a `seq` twice.
     """
 
     def __init__(self, run_dir: Path):
@@ -38,9 +54,13 @@ class Report:
         self._lock = threading.RLock()
         self._seq = 0
         self._size = 0
-        self._file = os.open(run_dir / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        self._file = os.open(
+            run_dir / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600
+        )
         sync_dir(run_dir)
         self.current_phase: RunPhase | None = None
+        self.step = 0
+        """Last whole optimizer step."""
 
     def emit(self, payload: Payload) -> None:
         """Appends one event.
@@ -103,7 +123,9 @@ class _EventHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._report.emit(
-                LogLine(level=_level_name(record.levelno), logger=record.name, text=self.format(record))
+                LogLine(
+                    level=_level_name(record.levelno), logger=record.name, text=self.format(record)
+                )
             )
         except OSError:
             self.handleError(record)
@@ -118,7 +140,7 @@ def _level_name(level: int) -> Literal["debug", "info", "warning", "error"]:
 
 
 def send_logs(report: Report, level: str) -> None:
-    """Sends Python's log and warnings from `level` (debug, info, warning, error) on to the events and to stdout."""
+    """Sends Python's log and warnings from `level` (debug, info ...) on to events and stdout."""
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -134,5 +156,10 @@ def send_transformers_logs(level: str) -> None:
 
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity(_LEVELS[level])
+    if level != "debug":
+        for name in _WORDY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # Between the libraries; the user can't do anything about it.
+        warnings.simplefilter("ignore", FutureWarning)

@@ -1,0 +1,47 @@
+"""The end of a recipe: from the state of the training to what is left behind and said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetuned_daemon.runs.contract import EndReason, Result, StopWish
+from finetuned_runner.control import Watch
+from finetuned_runner.trainer import RunTrainer
+
+
+def stopped(trainer: RunTrainer, watch: Watch) -> Result:
+    """The result of a run that a wish ended."""
+    step = trainer.state.global_step
+    saved = trainer.saved_here()
+    if step == 0:
+        message = "Stopped before the first step was done; there was nothing to save."
+    elif saved is not None:
+        message = f"Stopped at step {step}; resume from {saved}."
+    elif watch.wish is StopWish.DISCARD:
+        message = f"Stopped at step {step}; as wished, this step was not saved."
+    else:
+        message = (
+            f"Stopped at step {step}, before a new step was done; resume from the same checkpoint."
+        )
+    return Result(end_reason=EndReason.STOPPED_BY_USER, message=message, step=step)
+
+
+def completed(trainer: RunTrainer, output: Path) -> Result:
+    """The result of a run that came to its end."""
+    step = trainer.state.global_step
+    if trainer.ends_early:
+        reason, message = (
+            EndReason.EARLY_STOPPED,
+            f"The evaluation loss improved no more; ended at step {step}.",
+        )
+    elif trainer.args.max_steps > 0:
+        reason, message = (
+            EndReason.STEP_LIMIT,
+            f"training.max_steps ({trainer.args.max_steps}) is reached.",
+        )
+    else:
+        reason, message = (
+            EndReason.FINISHED,
+            f"All {trainer.args.num_train_epochs:g} epochs are done.",
+        )
+    return Result(end_reason=reason, message=message, step=step, output_path=str(output))

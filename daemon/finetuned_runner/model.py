@@ -1,0 +1,335 @@
+"""The model and its tokenizer: loading, LoRA, and what is left behind when the run is over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.runs.contract import EndReason
+from finetuned_runner.arguments import Precision, lora_config, need_bitsandbytes
+from finetuned_runner.checkpoint import write_folder
+from finetuned_runner.failures import RunFailed
+from finetuned_runner.report import Report
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_logger = logging.getLogger(__name__)
+
+Model = PreTrainedModel | PeftModel
+
+
+# --- loading
+
+
+def load_tokenizer(parameters: Parameters) -> PreTrainedTokenizerBase:
+    """The tokenizer of `data.tokenizer_path`, else of the model.
+
+    Raises:
+        RunFailed: MODEL_UNLOADABLE.
+    """
+    path = parameters.data.tokenizer_path or parameters.data.model_path
+    if not path:
+        raise RunFailed(EndReason.MODEL_UNLOADABLE, "data.model_path is not set.")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE, f"The tokenizer in {path} can't be loaded: {_short(error)}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE,
+            f"The tokenizer in {path} has no tokenizer.json; convert it to a fast tokenizer.",
+        )
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with. It is masked, so that any will do where the tokenizer has none."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+def load_model(
+    parameters: Parameters, device: str, precision: Precision, report: Report
+) -> PreTrainedModel:
+    """The base model, from safetensors alone; no code of its folder runs.
+
+    In float32, which mixed precision wants of the weights it trains. Frozen weights on a GPU are
+    loaded in the format that is computed with; with QLoRA in 4 bits.
+
+    Raises:
+        RunFailed: MODEL_UNLOADABLE.
+    """
+    path = _base_path(parameters, report)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if parameters.lora.use_lora and device != "cpu":
+        options["dtype"] = precision.compute_dtype
+    if parameters.optimization.use_qlora:
+        if not parameters.lora.use_lora:
+            raise RunFailed(
+                EndReason.MODEL_UNLOADABLE,
+                "QLoRA trains LoRA weights alone: turn lora.use_lora on or "
+                "optimization.use_qlora off.",
+            )
+        need_bitsandbytes("QLoRA", EndReason.MODEL_UNLOADABLE)
+        config: Any = BitsAndBytesConfig
+        options["quantization_config"] = config(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=precision.compute_dtype,
+        )
+        options["device_map"] = {"": "cpu" if device == "cpu" else 0}
+    return _load(path, options)
+
+
+def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            # transformers attaches an adapter it finds beside the model unasked; in a folder that
+            # isn't there it finds none.
+            adapter_kwargs={"subfolder": "none"},
+            **options,
+        )
+    except Exception as error:
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE, f"The model in {path} can't be loaded: {_short(error)}"
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        # transformers fills them with random numbers and only warns.
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE,
+            f"The model in {path} lacks {len(missing)} of its weights ({missing[0]} ...); get "
+            "its files again.",
+        )
+    _mend_generation_config(model)
+    return model
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Lets the model be saved: transformers refuses, at the end, what it took at the beginning."""
+    config: Any = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        _logger.warning("the generation config contradicts itself, sampling is on: %s", error)
+        config.do_sample = True  # most carry a temperature, which is for sampling
+
+
+def _base_path(parameters: Parameters, report: Report) -> str:
+    path = os.path.abspath(parameters.data.model_path or "")  # noqa: PTH100 - links stay as the user wrote them
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RunFailed(EndReason.MODEL_UNLOADABLE, f"data.model_path {path} is no folder.")
+    has_model, has_adapter = (
+        (folder / "config.json").is_file(),
+        (folder / _ADAPTER_CONFIG).is_file(),
+    )
+    if has_adapter and has_model and not parameters.data.attach_lora:
+        report.notice(
+            "data.attach_lora",
+            "ADAPTER_NOT_ATTACHED",
+            "The model folder also holds LoRA weights; they are not used, as data.attach_lora is "
+            "off.",
+        )
+    if has_adapter and not has_model:
+        base = json.loads((folder / _ADAPTER_CONFIG).read_bytes()).get(
+            "base_model_name_or_path", ""
+        )
+        if not parameters.data.attach_lora:
+            raise RunFailed(
+                EndReason.MODEL_UNLOADABLE,
+                f"data.model_path {path} holds LoRA weights only: set it to their base model "
+                f"({base}).",
+            )
+        if not Path(base).is_dir():
+            raise RunFailed(
+                EndReason.MODEL_UNLOADABLE,
+                f"The base model of the LoRA weights in {path} is not there: {base}.",
+            )
+        return str(base)
+    return path
+
+
+def fit_length(model: PreTrainedModel, wanted: int, report: Report) -> int:
+    """`training.max_seq_length`, or the longest that the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < wanted:
+        report.notice(
+            "training.max_seq_length",
+            "MAX_SEQ_LENGTH_ABOVE_MODEL",
+            f"The model has {positions} positions; samples are cut there instead of at {wanted}.",
+        )
+        return positions
+    return wanted
+
+
+def check_vocabulary(model: PreTrainedModel, largest_token: int) -> None:
+    """Raises RunFailed if the data has tokens that the model has no embedding for."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if largest_token >= rows:
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE,
+            f"The tokenizer gives token {largest_token}, the model has {rows} only: they don't "
+            "belong together.",
+        )
+
+
+# --- LoRA
+
+
+def add_lora(model: PreTrainedModel, parameters: Parameters, report: Report) -> PeftModel:
+    """Freezes the model and adds LoRA weights: fresh, or with `data.attach_lora` of an earlier run.
+
+    Raises:
+        RunFailed: MODEL_UNLOADABLE, if the model has no such modules or there are no weights to
+            attach.
+    """
+    if parameters.optimization.use_qlora:
+        prepare: Any = prepare_model_for_kbit_training
+        model = prepare(
+            model, use_gradient_checkpointing=parameters.optimization.gradient_checkpointing
+        )
+    # The first weights depend on nothing but the seed.
+    set_seed(parameters.general.seed)
+    if parameters.data.attach_lora:
+        return _attach(model, parameters, report)
+    config = lora_config(parameters, report)
+    _check_targets(model, config)
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE, f"LoRA can't be added to this model: {_short(error)}"
+        ) from error
+    result: PeftModel = adapted
+    return result
+
+
+def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    if not isinstance(
+        config.target_modules, (list, set)
+    ):  # a pattern, or the architecture's own: peft checks
+        return
+    names = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        or type(module).__name__ == "Conv1D"
+    }
+    missing = [
+        target
+        for target in sorted(config.target_modules)
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if missing:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE,
+            f"The model has no module {', '.join(missing)} for lora.lora_target_modules; it has "
+            f"{known}.",
+        )
+
+
+def _attach(model: PreTrainedModel, parameters: Parameters, report: Report) -> PeftModel:
+    data = parameters.data
+    folder = Path(data.resume_from_checkpoint or data.model_path or "")
+    if not (folder / _ADAPTER_CONFIG).is_file() or not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE,
+            f"There are no LoRA weights to attach in {folder} ({_ADAPTER_CONFIG} with "
+            f"{_ADAPTER_WEIGHTS}).",
+        )
+    try:
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), is_trainable=True, local_files_only=True
+        )
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE, f"The LoRA weights in {folder} don't fit: {_short(error)}"
+        ) from error
+    report.notice(
+        "data.attach_lora",
+        "LORA_ATTACHED",
+        f"Training starts at step 0 from the LoRA weights in {folder}; their own rank, alpha and "
+        "modules hold.",
+    )
+    return adapted
+
+
+# --- outputs
+
+
+def save_model(
+    model: Model, tokenizer: PreTrainedTokenizerBase, target: Path, *, use_cache: bool
+) -> None:
+    """Writes model, or adapter, and tokenizer to a folder that is whole or not there.
+
+    Args:
+        model: A PeftModel is saved as its adapter.
+        tokenizer: Goes with it.
+        target: The folder; replaced if it exists.
+        use_cache: `config.use_cache` of the model as it was loaded; training turns it off,
+            generation wants it.
+    """
+    model.config.use_cache = use_cache
+    if isinstance(model, PeftModel):
+        # Absolute, so that the adapter finds its base from anywhere.
+        model.peft_config["default"].base_model_name_or_path = _base_name(model)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+
+    write_folder(target, write)
+
+
+def merged(model: PeftModel, parameters: Parameters, adapter: Path) -> PreTrainedModel:
+    """The base model with the LoRA weights worked in; the model given is used up.
+
+    4-bit weights can't take them without loss, so that with QLoRA the base is loaded once more.
+    """
+    if parameters.optimization.use_qlora:
+        base = _load(_base_name(model), {"dtype": "auto"})
+        model = PeftModel.from_pretrained(base, str(adapter), local_files_only=True)
+    whole: PreTrainedModel = model.merge_and_unload()
+    return whole
+
+
+def _base_name(model: PeftModel) -> str:
+    base: Any = model.get_base_model()
+    return str(base.config.name_or_path)
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

@@ -1,0 +1,113 @@
+"""Supervised fine-tuning on the assistant's turns of chats; LoRA, QLoRA or all weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import set_seed
+
+from finetuned_daemon.runs.contract import EndReason, Result, RunPhase, Spec
+from finetuned_runner.arguments import plan_precision, training_arguments
+from finetuned_runner.control import Watch
+from finetuned_runner.data import Collator, Samples, encode_chats, evaluates, load_chats, split
+from finetuned_runner.finish import completed, stopped
+from finetuned_runner.model import (
+    Model,
+    add_lora,
+    check_vocabulary,
+    fit_length,
+    load_model,
+    load_tokenizer,
+    merged,
+    pad_id,
+    save_model,
+)
+from finetuned_runner.report import Report
+from finetuned_runner.trainer import RunTrainer
+
+
+def run(spec: Spec, report: Report, watch: Watch) -> Result:
+    """Fine-tunes as `spec` says; returns how it ended.
+
+    Raises:
+        RunFailed: It can't go on, for a reason that is known.
+    """
+    parameters = spec.parameters
+    data, lora = parameters.data, parameters.lora
+    output_dir = Path(spec.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    report.phase(RunPhase.LOADING_MODEL, data.model_path or "")
+    set_seed(parameters.general.seed)
+    precision = plan_precision(parameters, spec.device, report)
+    tokenizer = load_tokenizer(parameters)
+    base = load_model(parameters, spec.device, precision, report)
+    use_cache = base.config.use_cache
+    max_length = fit_length(base, parameters.training.max_seq_length, report)
+    model: Model = add_lora(base, parameters, report) if lora.use_lora else base
+    for name, is_set in (
+        ("lora.merge_lora", lora.merge_lora),
+        ("lora.peft_config_path", lora.peft_config_path),
+        ("data.attach_lora", data.attach_lora),
+    ):
+        if is_set and not lora.use_lora:
+            report.notice(name, "LORA_OFF", f"{name} has no effect: lora.use_lora is off.")
+
+    report.phase(RunPhase.PREPARING_DATA, data.train_file or "")
+    chats = load_chats(Path(data.train_file or ""), data.max_samples)
+    samples = encode_chats(chats, tokenizer, max_length, report)
+    check_vocabulary(base, samples.largest_token)
+    train_set: Samples = samples
+    eval_set: Samples | None = None
+    if evaluates(parameters, report):
+        if data.eval_file:
+            eval_set = encode_chats(load_chats(Path(data.eval_file)), tokenizer, max_length, report)
+            check_vocabulary(base, eval_set.largest_token)
+        else:
+            train_set, eval_set = split(samples, data.eval_ratio, parameters.general.seed)
+
+    trainer = RunTrainer(
+        parameters,
+        report,
+        watch,
+        model=model,
+        args=training_arguments(
+            parameters,
+            spec.output_dir,
+            spec.device,
+            precision,
+            evaluates=eval_set is not None,
+            report=report,
+        ),
+        data_collator=Collator(pad_id(tokenizer)),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+    )
+    resume = data.resume_from_checkpoint
+    if data.attach_lora and lora.use_lora:  # it gave the weights; nothing else of it counts
+        resume = None
+    watch.begin_training()
+    trainer.run(Path(resume) if resume else None)
+    if trainer.is_stopped:
+        return stopped(trainer, watch)
+
+    watch.begin_finishing()
+    final = output_dir / "final"
+    report.phase(RunPhase.SAVING, final.name)
+    save_model(model, tokenizer, final, use_cache=use_cache)
+    result = completed(trainer, final)
+    if lora.merge_lora and isinstance(model, PeftModel):
+        if watch.wish is not None:
+            return result.model_copy(
+                update={
+                    "end_reason": EndReason.STOPPED_BY_USER,
+                    "message": f"Stopped before merging; the trained weights are in {final}.",
+                }
+            )
+        report.phase(RunPhase.MERGING)
+        save_model(
+            merged(model, parameters, final), tokenizer, output_dir / "merged", use_cache=use_cache
+        )
+    return result

@@ -1,0 +1,448 @@
+"""transformers' Trainer as a run needs it: it reports, stops at a wish, saves whole checkpoints.
+
+The arithmetic is untouched: losses equal those of the plain Trainer (a test compares step by step).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.runs.contract import (
+    CheckpointDeleted,
+    CheckpointSaved,
+    EndReason,
+    Evaluation,
+    Metrics,
+    Progress,
+    RunPhase,
+    StopWish,
+)
+from finetuned_runner import checkpoint
+from finetuned_runner.checkpoint import Manifest
+from finetuned_runner.control import Watch
+from finetuned_runner.failures import RunFailed
+from finetuned_runner.progress import Meter
+from finetuned_runner.report import Report
+
+_PROGRESS_SECONDS = 0.5
+
+Cause = Literal["steps", "epoch", "interval", "stop", "signal", "end"]
+
+
+class _EvaluationStopped(Exception):
+    """A wish to stop came while the evaluation data was scored."""
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """All random generators at the end of an optimizer step."""
+
+    python: object
+    numpy: Any
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def now(cls) -> _RandomState:
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        random.setstate(cast("tuple[Any, ...]", self.python))
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+class _FixedOrder(Sampler[int]):
+    """The same order in every epoch: the one that the plain Trainer draws for its first."""
+
+    def __init__(self, size: int, seed: int):
+        self._order: list[int] = torch.randperm(
+            size, generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+class RunTrainer(Trainer):
+    """A Trainer that reports to `report` and looks at `watch` after every micro-step."""
+
+    def __init__(self, parameters: Parameters, report: Report, watch: Watch, **trainer: Any):
+        super().__init__(**trainer)
+        self._parameters = parameters
+        self._report = report
+        self._watch = watch
+        self._output_dir = Path(cast("str", self.args.output_dir))
+        self._meter = Meter()
+        self._staging: Path | None = None
+        self._cause: Cause = "steps"
+        self._num_tokens = 0
+        self._tokens_at_step = 0
+        self._is_between_steps = False
+        self._state_at_step: _RandomState | None = None
+        self._first_step = 0
+        self._last_save = time.monotonic()
+        self._last_progress = 0.0
+        self._best_loss: float | None = None
+        self._without_gain = 0
+        self.ends_early = False
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Flow(self))
+
+    # --- what the recipes call
+
+    def run(self, resume: Path | None) -> None:
+        """Trains to the end or to a wish; from a whole checkpoint on, if one is given.
+
+        Raises:
+            RunFailed: The checkpoint is not whole, or the loss is not finite.
+        """
+        if resume is None:
+            self.train()
+        else:
+            manifest = self._restore(resume)
+            if manifest.step < self._total_steps():
+                self.train(resume_from_checkpoint=str(resume))
+            else:  # it broke off after its last step; the plain Trainer would train for one more
+                self._load_from_checkpoint(str(resume))
+                self.state.global_step = self._report.step = manifest.step
+        if (
+            self.is_stopped
+            and self._watch.wish is StopWish.SAVE
+            and self.state.global_step > self._first_step
+        ):
+            self._save_at_stop()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a wish ended the training before its end."""
+        return self._watch.wish is not None and not self.is_done and not self.ends_early
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.global_step >= self._total_steps()
+
+    def saved_here(self) -> Path | None:
+        """The checkpoint of the last step, if one stands."""
+        path = checkpoint.checkpoint_path(self._output_dir, self.state.global_step)
+        return path if path.is_dir() else None
+
+    def _total_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = math.ceil(len(cast("Any", self.train_dataset)) / self.args.train_batch_size)
+        steps = math.ceil(batches / self.args.gradient_accumulation_steps)
+        return math.ceil(steps * self.args.num_train_epochs)
+
+    def _restore(self, folder: Path) -> Manifest:
+        try:
+            manifest = checkpoint.verify_checkpoint(folder)
+        except checkpoint.CheckpointBroken as error:
+            raise RunFailed(
+                EndReason.MODEL_UNLOADABLE,
+                f"The run can't be resumed: {error}; choose another checkpoint.",
+            ) from error
+        self._num_tokens = self._tokens_at_step = manifest.num_tokens
+        self._best_loss, self._without_gain = (
+            manifest.best_eval_loss,
+            manifest.evaluations_without_gain,
+        )
+        self._first_step = manifest.step
+        return manifest
+
+    # --- data
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        if self._parameters.data.reshuffle:
+            return super()._get_train_sampler(train_dataset)
+        dataset = cast("Any", self.train_dataset if train_dataset is None else train_dataset)
+        return _FixedOrder(len(dataset), self._parameters.general.seed)
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One micro-step; counts its tokens."""
+        tokens = int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._num_tokens += tokens
+        self._is_between_steps = True
+        return loss
+
+    # --- the end of a step
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: Any, *arguments: Any, **options: Any
+    ) -> None:
+        step = self.state.global_step
+        if step > self._report.step:
+            self._is_between_steps = False
+            loss = float(tr_loss) / (step - self._globalstep_last_logged)
+            self._check_finite(loss, grad_norm)
+            self._report.step = step
+            self._meter.step(self._num_tokens - self._tokens_at_step)
+            self._tokens_at_step = self._num_tokens
+            self._tell_progress(loss, options.get("learning_rate"))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *arguments, **options)
+        if (
+            not self._is_between_steps
+        ):  # the loop comes here also when it is left in the middle of a step
+            self._state_at_step = _RandomState.now()
+
+    def _check_finite(self, loss: float, grad_norm: Any) -> None:
+        # With fp16 a gradient that overflows is left out by design, and the scale lowered.
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        norm = None if grad_norm is None or scaled else float(grad_norm)
+        if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
+            return
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        raise RunFailed(
+            EndReason.LOSS_NOT_FINITE,
+            f"The {what} is not a finite number at step {self.state.global_step}; "
+            f"try a training.learning_rate below {self._parameters.training.learning_rate:g}.",
+        )
+
+    def _tell_progress(self, loss: float, learning_rate: float | None) -> None:
+        step, total = self.state.global_step, self.state.max_steps
+        now = time.monotonic()
+        due = now - self._last_progress >= _PROGRESS_SECONDS
+        if not (due or self.control.should_log or step >= total or step == self._first_step + 1):
+            return
+        self._last_progress = now
+        self._report.emit(
+            Progress(
+                step=step,
+                total_steps=total,
+                epoch=self.state.epoch or 0.0,
+                tokens_per_second=self._meter.tokens_per_second,
+                eta_seconds=self._meter.eta_seconds(max(0, total - step)),
+                num_tokens=self._num_tokens,
+                loss=loss,
+                learning_rate=learning_rate,
+            )
+        )
+
+    # --- evaluation
+
+    def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        self._report.phase(RunPhase.EVALUATING)
+        try:
+            with self._meter.pause():
+                return super()._evaluate(*arguments, **options)
+        except _EvaluationStopped:
+            self.control.should_training_stop = True
+            return {}
+        finally:
+            self._report.phase(RunPhase.TRAINING)
+
+    def judge_evaluation(self, loss: float) -> bool:
+        """Whether the evaluations say that it is time to stop."""
+        training = self._parameters.training
+        if self._best_loss is None or self._best_loss - loss > training.early_stopping_threshold:
+            self._best_loss, self._without_gain = loss, 0
+        else:
+            self._without_gain += 1
+        return 0 < training.early_stopping_patience <= self._without_gain
+
+    # --- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Where the Trainer makes its checkpoint-N: aside, while it is not whole.
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        target = checkpoint.checkpoint_path(self._output_dir, step)
+        self._report.phase(RunPhase.SAVING, target.name)
+        with self._meter.pause():
+            self._staging = checkpoint.staging_folder(target)
+            try:
+                super()._save_checkpoint(model, trial)
+                folder = self._staging / target.name
+                # A pickle that nothing reads: resuming takes the arguments from the task.
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                manifest = checkpoint.seal(
+                    folder,
+                    Manifest(
+                        step=step,
+                        num_tokens=self._tokens_at_step,
+                        best_eval_loss=self._best_loss,
+                        evaluations_without_gain=self._without_gain,
+                    ),
+                )
+                checkpoint.commit(folder, target)
+            finally:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging = None
+            self._report.emit(
+                CheckpointSaved(
+                    path=str(target), step=step, size_bytes=manifest.size_bytes, cause=self._cause
+                )
+            )
+            self._remove_oldest()
+            self._report.sync()
+        self._last_save = time.monotonic()
+        if not self.is_done:
+            self._report.phase(RunPhase.TRAINING)
+
+    def _remove_oldest(self) -> None:
+        found = checkpoint.list_checkpoints(self._output_dir)
+        for step, path in found[: -self._parameters.training.save_total_limit]:
+            checkpoint.remove_folder(path)
+            self._report.emit(CheckpointDeleted(path=str(path), step=step))
+
+    def _save_at_stop(self) -> None:
+        if self.saved_here() is not None:
+            return
+        # The wish may have come between two optimizer steps: the random generators go back to where
+        # the weights are.
+        if self._state_at_step is not None:
+            self._state_at_step.restore()
+        self._cause = self._watch.cause
+        self._save_checkpoint(self.model, None)
+
+    # --- for the flow below
+
+    @property
+    def wishes_stop(self) -> bool:
+        """Whether a wish to stop was seen."""
+        return self._watch.wish is not None
+
+    def begin(self, state: TrainerState) -> None:
+        """Training begins, at `state`."""
+        self._first_step = self._report.step = state.global_step
+        self._report.phase(RunPhase.TRAINING)
+        self._report.emit(
+            Progress(
+                step=state.global_step,
+                total_steps=state.max_steps,
+                epoch=state.epoch or 0.0,
+                num_tokens=self._num_tokens,
+            )
+        )
+        self._last_save = time.monotonic()
+        self._meter.start()
+
+    def choose_save(self, control: TrainerControl, *, at_epoch_end: bool) -> None:
+        """Adds saving by the clock to what is due, and remembers why something is saved."""
+        training = self._parameters.training
+        if control.should_save:
+            self._cause = "epoch" if at_epoch_end else "steps"
+            if not at_epoch_end and self.is_done and self.state.global_step % training.save_steps:
+                self._cause = "end"
+        elif not at_epoch_end and training.save_strategy != "no" and not self.is_done:
+            due = time.monotonic() - self._last_save >= training.save_interval_minutes * 60
+            if due:
+                control.should_save = True
+                self._cause = "interval"
+
+    def tell_metrics(self, logs: dict[str, float]) -> None:
+        """Reports what the Trainer logs of a step."""
+        if "loss" in logs:
+            values = {
+                key: value for key, value in logs.items() if key != "epoch" and math.isfinite(value)
+            }
+            self._report.emit(
+                Metrics(step=self.state.global_step, epoch=self.state.epoch or 0.0, values=values)
+            )
+
+    def tell_evaluation(self, metrics: dict[str, float]) -> None:
+        """Reports an evaluation."""
+        values = {
+            key: value for key, value in metrics.items() if key != "epoch" and math.isfinite(value)
+        }
+        self._report.emit(
+            Evaluation(step=self.state.global_step, epoch=self.state.epoch or 0.0, values=values)
+        )
+
+
+class _Flow(TrainerCallback):
+    """Decides at each turn of the loop, after the Trainer's own callback has."""
+
+    def __init__(self, trainer: RunTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._trainer.begin(state)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # With many micro-steps to a step a stop must not wait for the last: what they added up is
+        # dropped.
+        if self._trainer.wishes_stop:
+            control.should_training_stop = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._trainer.choose_save(control, at_epoch_end=False)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        elif self._trainer.wishes_stop:
+            control.should_training_stop = control.should_log = True
+            control.should_save = False  # saved when the loop is left, if it is to be saved
+            # An evaluation that is due begins and is broken off: it draws a random number, without
+            # which a resumed run would go other ways than one that was never stopped.
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._trainer.is_stopped or self._trainer.ends_early:
+            control.should_save = False
+            # The loop comes here also when it is left in mid-epoch.
+            control.should_evaluate &= (state.epoch or 0.0).is_integer()
+        self._trainer.choose_save(control, at_epoch_end=True)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._trainer.wishes_stop and not self._trainer.is_done:
+            raise _EvaluationStopped
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        metrics: dict[str, float] = context["metrics"]
+        self._trainer.tell_evaluation(metrics)
+        if self._trainer.judge_evaluation(metrics["eval_loss"]) and not self._trainer.is_done:
+            self._trainer.ends_early = True
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        self._trainer.tell_metrics(logs or {})
