@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import signal
+from urllib.parse import quote
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -56,7 +57,8 @@ async def serve(config: Config, instance: Instance) -> None:
     edge = Edge(instance.token())
     server = aio.server(interceptors=[edge], options=OPTIONS)
     addresses = [f"unix:{config.paths.socket}"]
-    server.add_insecure_port(addresses[0])
+    # gRPC takes the path for part of a URI: a percent sign or a blank in it must be encoded.
+    server.add_insecure_port(f"unix:{quote(str(config.paths.socket))}")
     config.paths.socket.chmod(0o600)
     if config.listen:
         host, port = parse_loopback(config.listen)

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from daemon_process import Daemon, eventually
+from finetuned import Client
 from finetuned.v1 import system_service_pb2, system_service_pb2_grpc, task_service_pb2
 
 
@@ -171,6 +172,18 @@ def test_a_long_home_gets_a_socket_that_can_be_bound(tmp_path: Path) -> None:
     (path.parent / "lock").unlink()
     (path.parent / "token").unlink()
     path.parent.rmdir()
+
+
+def test_folders_may_have_odd_names(tmp_path: Path) -> None:
+    root = tmp_path / "an odd%20name é#?"
+    root.mkdir(mode=0o700)
+    daemon = Daemon(root).start()
+    try:
+        assert daemon.paths.socket.exists()
+        with Client(f"unix:{daemon.paths.socket}") as client:
+            assert client.system_info().state_dir == str(daemon.paths.state_dir)
+    finally:
+        daemon.close()
 
 
 def test_a_daemon_serves_soon_after_its_start(tmp_path: Path) -> None:
