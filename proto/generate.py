@@ -1,7 +1,8 @@
 """Generates the Python stubs in client/finetuned/v1 from the protos here.
 
-Run as `python proto/generate.py` (or `make proto`) after a change of a proto, and commit the result; a test compares.
-The generator is pinned low (grpcio-tools 1.76.0 in constraints.txt): generated code refuses runtimes older than itself.
+Run as `python proto/generate.py` (or `make proto`) after a change of a proto, and commit the
+result; a test compares. The generator is pinned low (grpcio-tools 1.76.0 in constraints.txt):
+generated code refuses runtimes older than itself.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ DEFAULT_OUT = PROTO_DIR.parent / "client"
 def generate(out: Path) -> None:
     """Writes `finetuned/v1/*_pb2*.py[i]` below `out`; raises SystemExit where protoc finds an error."""
     out.mkdir(parents=True, exist_ok=True)
-    protos = sorted(str(p.relative_to(PROTO_DIR)) for p in PROTO_DIR.glob("finetuned/v1/*.proto"))
+    protos = sorted(
+        str(path.relative_to(PROTO_DIR)) for path in PROTO_DIR.glob("finetuned/v1/*.proto")
+    )
     status = protoc.main(
         [
             "protoc",
             f"-I{PROTO_DIR}",
-            f"-I{Path(_proto.__file__ or list(_proto.__path__)[0] + '/x').parent}",
+            f"-I{next(iter(_proto.__path__))}",  # google/protobuf/*.proto
             f"--plugin=protoc-gen-mypy={Path(sys.executable).parent / 'protoc-gen-mypy'}",
             f"--plugin=protoc-gen-mypy_grpc={Path(sys.executable).parent / 'protoc-gen-mypy_grpc'}",
             f"--python_out={out}",

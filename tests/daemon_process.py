@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import TypeVar
 import grpc
 import psutil
 
-from finetuned._paths import Paths
+from finetuned._paths import paths
 from finetuned.v1 import (
     event_pb2,
     parameters_pb2,
@@ -45,7 +46,9 @@ class Daemon:
     """One state folder, and the daemon that serves it at present."""
 
     def __init__(self, root: Path, *options: str, runner_module: str = "fake_runner") -> None:
-        self.paths = Paths(root / "state", root / "run")
+        # In a deep folder the socket lies elsewhere: its path must be short.
+        self.paths = paths(root / "state", root / "run")
+        self._root = root
         self.options = ["--runner-module", runner_module, "--heartbeat-seconds", "0.3", *options]
         self.log = root / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
@@ -54,7 +57,11 @@ class Daemon:
     def start(self) -> Daemon:
         """Starts a daemon and waits until it serves."""
         self.process = self.spawn()
-        eventually(self._serves, "the daemon serves")
+        try:
+            eventually(self._serves, "the daemon serves")
+        except AssertionError:
+            self.close()
+            raise
         return self
 
     def spawn(self) -> subprocess.Popen[bytes]:
@@ -106,6 +113,8 @@ class Daemon:
             command = process.info["cmdline"] or [""]
             if command[-1].startswith(str(self.paths.state_dir)):
                 process.kill()
+        if not self.paths.runtime_dir.is_relative_to(self._root):
+            shutil.rmtree(self.paths.runtime_dir, ignore_errors=True)
         self._forget_channel()
 
     @property

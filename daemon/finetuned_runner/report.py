@@ -124,11 +124,18 @@ class _EventHandler(logging.Handler):
         try:
             self._report.emit(
                 LogLine(
-                    level=_level_name(record.levelno), logger=record.name, text=self.format(record)
+                    level=_level_name(record.levelno),
+                    logger=record.name,
+                    text=self.format(record).strip(),
                 )
             )
         except OSError:
             self.handleError(record)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    # The Trainer ends by asking to share the model, which is the user's own business.
+    return "share your model" not in record.getMessage()
 
 
 def _level_name(level: int) -> Literal["debug", "info", "warning", "error"]:
@@ -141,11 +148,14 @@ def _level_name(level: int) -> Literal["debug", "info", "warning", "error"]:
 
 def send_logs(report: Report, level: str) -> None:
     """Sends Python's log and warnings from `level` (debug, info ...) on to events and stdout."""
+    events = _EventHandler(report)
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.setLevel(_LEVELS[level])
-    root.handlers[:] = [_EventHandler(report), console]
+    for handler in (events, console):
+        handler.addFilter(_is_no_advertisement)
+    root.handlers[:] = [events, console]
     logging.captureWarnings(True)
 
 

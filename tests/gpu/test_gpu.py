@@ -1,4 +1,4 @@
-"""Runs on an NVIDIA GPU, in the precisions that it has. Skipped with the reason where there is none."""
+"""Runs on an NVIDIA GPU, in the precisions that it has; skipped where there is none."""
 
 from __future__ import annotations
 
