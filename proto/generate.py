@@ -17,7 +17,7 @@ DEFAULT_OUT = PROTO_DIR.parent / "client"
 
 
 def generate(out: Path) -> None:
-    """Writes `finetuned/v1/*_pb2*.py[i]` below `out`; raises SystemExit where protoc finds an error."""
+    """Writes `finetuned/v1/*_pb2*.py[i]` below `out`; SystemExit where protoc finds an error."""
     out.mkdir(parents=True, exist_ok=True)
     protos = sorted(
         str(path.relative_to(PROTO_DIR)) for path in PROTO_DIR.glob("finetuned/v1/*.proto")
