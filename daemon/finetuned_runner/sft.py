@@ -8,9 +8,9 @@ from peft import PeftModel
 from transformers import set_seed
 
 from finetuned_daemon.runs.contract import EndReason, Result, RunPhase, Spec
-from finetuned_runner.arguments import plan_precision, training_arguments
+from finetuned_runner.arguments import plan_precision
 from finetuned_runner.control import Watch
-from finetuned_runner.data import Collator, Samples, encode_chats, evaluates, load_chats, split
+from finetuned_runner.data import Samples, encode_chats, evaluates, load_chats, split
 from finetuned_runner.finish import completed, stopped
 from finetuned_runner.model import (
     Model,
@@ -20,11 +20,10 @@ from finetuned_runner.model import (
     load_model,
     load_tokenizer,
     merged,
-    pad_id,
     save_model,
 )
 from finetuned_runner.report import Report
-from finetuned_runner.trainer import RunTrainer
+from finetuned_runner.trainer import make_trainer
 
 
 def run(spec: Spec, report: Report, watch: Watch) -> Result:
@@ -67,23 +66,8 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
         else:
             train_set, eval_set = split(samples, data.eval_ratio, parameters.general.seed)
 
-    trainer = RunTrainer(
-        parameters,
-        report,
-        watch,
-        model=model,
-        args=training_arguments(
-            parameters,
-            spec.output_dir,
-            spec.device,
-            precision,
-            evaluates=eval_set is not None,
-            report=report,
-        ),
-        data_collator=Collator(pad_id(tokenizer)),
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
+    trainer = make_trainer(
+        spec, parameters, report, watch, model, tokenizer, precision, train_set, eval_set
     )
     resume = data.resume_from_checkpoint
     if data.attach_lora and lora.use_lora:  # it gave the weights; nothing else of it counts

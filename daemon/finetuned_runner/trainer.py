@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import (
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -35,12 +36,16 @@ from finetuned_daemon.runs.contract import (
     Metrics,
     Progress,
     RunPhase,
+    Spec,
     StopWish,
 )
 from finetuned_runner import checkpoint
+from finetuned_runner.arguments import Precision, training_arguments
 from finetuned_runner.checkpoint import Manifest
 from finetuned_runner.control import Watch
+from finetuned_runner.data import Collator, Samples
 from finetuned_runner.failures import RunFailed
+from finetuned_runner.model import Model, pad_id
 from finetuned_runner.progress import Meter
 from finetuned_runner.report import Report
 
@@ -380,6 +385,38 @@ class RunTrainer(Trainer):
         self._report.emit(
             Evaluation(step=self.state.global_step, epoch=self.state.epoch or 0.0, values=values)
         )
+
+
+def make_trainer(
+    spec: Spec,
+    parameters: Parameters,
+    report: Report,
+    watch: Watch,
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+    train_set: Samples,
+    eval_set: Samples | None,
+) -> RunTrainer:
+    """The trainer of a run; `parameters` are those of the spec that take effect."""
+    return RunTrainer(
+        parameters,
+        report,
+        watch,
+        model=model,
+        args=training_arguments(
+            parameters,
+            spec.output_dir,
+            spec.device,
+            precision,
+            evaluates=eval_set is not None,
+            report=report,
+        ),
+        data_collator=Collator(pad_id(tokenizer)),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+    )
 
 
 class _Flow(TrainerCallback):
