@@ -81,7 +81,7 @@ def chat_demo(model: Path | None, data: Path | None) -> None:
     began = time.monotonic()
     heading(1, "the model")
     folder = model.absolute() if model else fetch_model(default_cache_dir())
-    console.print(f"  {escape(str(folder))}")
+    console.print(f"  {escape(str(folder))}", soft_wrap=True)
     if data is None:
         train_file, questions = HERE / "train.jsonl", HERE / "heldout.jsonl"
         settings = list[str]()
@@ -106,13 +106,13 @@ def pretrain_demo(model: Path | None, data: Path | None) -> None:
     heading(1, "model and text")
     text = data.absolute() if data else default_text(OUTPUT / "text.jsonl")
     folder = model.absolute() if model else make_model(OUTPUT / "tiny-model", text)
-    console.print(f"  {escape(str(folder))}, from {escape(str(text))}")
+    console.print(f"  {escape(str(folder))}, from {escape(str(text))}", soft_wrap=True)
     heading(2, "training")
     trained = train("demo_pretrain", HERE / "pretrain.yaml", folder, text, [])
     heading(3, "how it writes, before and after")
     for label, place in (("before", folder), ("after", trained.output_path)):
         console.print(f"  [bold]{label}[/] {escape(complete(place, 'The '))}\n", soft_wrap=True)
-    console.print(f"  The model lies in {escape(str(trained.output_path))}")
+    console.print(f"  The model lies in {escape(str(trained.output_path))}", soft_wrap=True)
     console.print(f"\n  [dim]{time.monotonic() - began:.0f} s in all[/]")
 
 
@@ -222,7 +222,9 @@ def show_use(model: Path, trained: Trained, rows: list[dict[str, Any]]) -> None:
         f"[bold]{before}[/] before, [bold green]{after}[/] after"
     )
     kind = "adapter" if trained.is_adapter else "model"
-    console.print(f"\n  The {kind} lies in {escape(str(trained.output_path))}. Use it:\n")
+    console.print(
+        f"\n  The {kind} lies in {escape(str(trained.output_path))}. Use it:\n", soft_wrap=True
+    )
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"tokenizer = AutoTokenizer.from_pretrained({str(trained.output_path)!r})",
