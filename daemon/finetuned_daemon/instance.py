@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import grp
 import json
 import os
+import pwd
 import secrets
 import socket
 import stat
 from pathlib import Path
 from typing import Any
 
-from finetuned._paths import Paths
+from finetuned._paths import RUNTIME_DIR_VARIABLE, STATE_DIR_VARIABLE, Paths
 from finetuned._version import __version__
 from finetuned_daemon.runs.contract import write_atomic
 
@@ -105,16 +107,37 @@ def _check_ancestors(folder: Path) -> None:
     """Whoever can write in a parent can put another folder in place of ours."""
     for parent in folder.resolve().parents:
         status = parent.stat()
-        is_shared = bool(status.st_mode & 0o022) and not status.st_mode & stat.S_ISVTX
-        if status.st_uid not in (0, os.getuid()) or is_shared:
+        if status.st_uid not in (0, os.getuid()):
             raise FolderUnsafe(
-                f"{parent} belongs to another user or can be written by others, so {folder} is not "
-                "safe in it; choose another folder"
+                f"{parent} belongs to another user, so {folder} is not safe in it; choose another "
+                f"folder by {STATE_DIR_VARIABLE} and {RUNTIME_DIR_VARIABLE}"
+            )
+        others = status.st_mode & (0o002 if _is_private_group(status.st_gid) else 0o022)
+        if others and not status.st_mode & stat.S_ISVTX:
+            raise FolderUnsafe(
+                f"{parent} can be written by others, so {folder} is not safe in it; "
+                f"run: chmod go-w {parent}"
             )
 
 
+def _is_private_group(gid: int) -> bool:
+    """Whether a group is its user's alone, as many distributions make one for each user."""
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return (
+        gid == user.pw_gid
+        and group.gr_name == user.pw_name
+        and not set(group.gr_mem) - {user.pw_name}
+    )
+
+
 def _make_private(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FolderUnsafe(f"{folder} can't be a folder: there is a file in its place") from error
     status = folder.lstat()
     if stat.S_ISLNK(status.st_mode):
         # A link that we own is a user's choice; one of somebody else's is an attack in a shared

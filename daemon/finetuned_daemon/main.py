@@ -78,7 +78,8 @@ def _parse(argv: Sequence[str] | None, umask: int) -> Config:
         "--runtime-dir",
         type=Path,
         default=None,
-        help=f"folder of the socket; also from {RUNTIME_DIR_VARIABLE}",
+        help=f"folder of the socket; also from {RUNTIME_DIR_VARIABLE}; by default in the user's "
+        "runtime folder",
     )
     command.add_argument(
         "--listen",

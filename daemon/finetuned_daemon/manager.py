@@ -214,7 +214,10 @@ class Manager:
             self._database.after_commit(lambda: self.events.wake(task.key))
         # The rows are gone first: a crash in between leaves a folder that nobody names, never a
         # task without its folder.
-        Bundle(self._config.runs_dir / task.task_id).remove()
+        try:
+            Bundle(self._config.runs_dir / task.task_id).remove()
+        except OSError as error:
+            _log.warning("the run folders of %s are left: %s", task.name, error)
 
     # --- start, stop
 

@@ -66,7 +66,7 @@ ENDS: dict[EndReason, End] = {
     ),
     EndReason.HOST_OUT_OF_MEMORY: End(TaskState.FAILED, "The machine ran out of memory."),
     EndReason.DISK_FULL: End(
-        TaskState.FAILED, "No space is left on the disk; checkpoints saved before are whole."
+        TaskState.FAILED, "No space is left on the disk; a checkpoint that was saved is whole."
     ),
     EndReason.DATASET_INVALID: End(TaskState.FAILED, "The data can't be used."),
     EndReason.MODEL_UNLOADABLE: End(TaskState.FAILED, "The model can't be loaded."),
@@ -77,7 +77,8 @@ ENDS: dict[EndReason, End] = {
     EndReason.RUNNER_KILLED: End(TaskState.FAILED, "A signal ended the runner."),
     EndReason.RUNNER_CRASHED: End(TaskState.FAILED, "The runner ended with an error."),
     EndReason.INTERRUPTED: End(
-        TaskState.FAILED, "The runner ended while no daemon watched, and left no result."
+        TaskState.FAILED,
+        "The runner ended while no daemon watched, and left no result; start the task again.",
     ),
     EndReason.QUOTA_USED_UP: End(TaskState.STOPPED, "The training quota is used up."),
 }

@@ -16,7 +16,9 @@ from finetuned_daemon.runs.contract import CONTROL, Control, EndReason, Result, 
 from finetuned_runner.report import Report
 
 _POLL_SECONDS = 0.1
-_HAS_SIGTIMEDWAIT = hasattr(signal, "sigtimedwait")  # Linux; not macOS
+NO_ROOM_FOR_EVENTS = (
+    "No space is left where the daemon keeps its run folders: make room, then start again."
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -31,8 +33,10 @@ def mask_signals() -> None:
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _HAS_SIGTIMEDWAIT:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+Cause = Literal["stop", "signal", "disk"]
 
 
 class _Stage(Enum):
@@ -51,16 +55,13 @@ class Watch:
         self._lock = threading.Lock()
         self._stage = _Stage.BEFORE_TRAINING
         self._seen: tuple[int, int, int] | None = None
-        self._signalled = False
         self.wish: StopWish | None = None
         """How the run is asked to stop. May turn from DISCARD to SAVE until it is acted upon."""
-        self.cause: Literal["stop", "signal"] = "stop"
+        self.cause: Cause = "stop"
         """Where the wish came from."""
 
     def start(self) -> None:
         """Starts watching."""
-        if not _HAS_SIGTIMEDWAIT:
-            signal.signal(signal.SIGTERM, self._on_sigterm)
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def begin_training(self) -> None:
@@ -83,24 +84,20 @@ class Watch:
             self._stage = _Stage.ENDED
             self._report.finish(result)
 
-    def _on_sigterm(self, *_: object) -> None:
-        self._signalled = True
-
     def _run(self) -> None:
         while self._stage is not _Stage.ENDED:
             try:
                 self._look()
-                if self._wait_for_sigterm():
+                # Not sigtimedwait: after a freeze (SIGSTOP, a debugger, a cgroup freezer) Python's
+                # returns rubbish that passes for a signal.
+                if signal.SIGTERM in signal.sigpending():
+                    signal.sigwait({signal.SIGTERM})
                     self._take(StopWish.SAVE, "signal")
+                if self._report.is_disk_full:
+                    self._take(StopWish.SAVE, "disk")
             except Exception:  # without its watch a run can't be stopped
                 _logger.exception("a wish can't be read or told")
-                time.sleep(_POLL_SECONDS)
-
-    def _wait_for_sigterm(self) -> bool:
-        if _HAS_SIGTIMEDWAIT:
-            return signal.sigtimedwait({signal.SIGTERM}, _POLL_SECONDS) is not None
-        time.sleep(_POLL_SECONDS)
-        return self._signalled
+            time.sleep(_POLL_SECONDS)
 
     def _look(self) -> None:
         try:
@@ -117,7 +114,7 @@ class Watch:
         if stop is not None:
             self._take(stop, "stop")
 
-    def _take(self, stop: StopWish, cause: Literal["stop", "signal"]) -> None:
+    def _take(self, stop: StopWish, cause: Cause) -> None:
         with self._lock:
             if self._stage is _Stage.ENDED:
                 return
@@ -139,7 +136,9 @@ class Watch:
         # nothing of it to keep.
         try:
             self._report.finish(
-                Result(
+                Result(end_reason=EndReason.DISK_FULL, message=NO_ROOM_FOR_EVENTS)
+                if self.cause == "disk"
+                else Result(
                     end_reason=EndReason.STOPPED_BY_USER,
                     message="Stopped before training began; there was nothing to save.",
                 )

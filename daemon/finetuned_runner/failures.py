@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from collections.abc import Iterator
 
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.runs.contract import EndReason, Result
+from finetuned_daemon.runs.contract import DISK_FULL_ERRNOS, EndReason, Result
 
 _DETAIL_LINES = 30
 
-_DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 # safetensors and torch write from native code and pass only the text of the error on; torch's zip
 # writer not even that.
 _DISK_FULL_TEXTS = (
     "No space left on device",
     "Disk quota exceeded",
     "PytorchStreamWriter failed writing",
+    "fail at inline_container.cc",
 )
 _DEVICE_MEMORY_TEXTS = ("CUDA out of memory", "CUDA error: out of memory", "ALLOC_FAILED")
 _HOST_MEMORY_TEXTS = ("can't allocate memory", "Cannot allocate memory", "not enough memory: you")
@@ -69,8 +68,8 @@ def _reason(error: BaseException, parameters: Parameters) -> tuple[EndReason, st
     if any(_is_disk_full(cause) for cause in chain):
         return (
             EndReason.DISK_FULL,
-            "No space is left on the disk; checkpoints saved before are whole: make room and "
-            "resume from the newest.",
+            "No space is left on the disk: make room, then start again; a checkpoint that was "
+            "saved before is whole.",
         )
     if any(_is_device_memory(cause) for cause in chain):
         return EndReason.DEVICE_OUT_OF_MEMORY, _needs_less_memory(parameters)
@@ -107,7 +106,7 @@ def _says(error: BaseException, texts: tuple[str, ...]) -> bool:
 
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in _DISK_FULL_ERRNOS
+        return error.errno in DISK_FULL_ERRNOS
     return _says(error, _DISK_FULL_TEXTS)
 
 
@@ -142,5 +141,6 @@ def _needs_less_memory(parameters: Parameters) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+    lines = str(error).strip().splitlines() or ["no message"]
+    # Some errors only announce themselves in their first line.
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+)
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -284,6 +291,51 @@ def _attach(model: PreTrainedModel, parameters: Parameters, report: Report) -> P
         "modules hold.",
     )
     return adapted
+
+
+def check_resumable(checkpoint: Path, model: Model) -> None:
+    """Compares a checkpoint's weights with those of the model, by name and shape.
+
+    Raises:
+        RunFailed: MODEL_UNLOADABLE, if they are of another model or another LoRA shape.
+    """
+    file, has_lora = checkpoint / _ADAPTER_WEIGHTS, isinstance(model, PeftModel)
+    if file.is_file() != has_lora:
+        raise _unfit(
+            checkpoint,
+            "it holds all weights and this run trains LoRA weights: set lora.use_lora to false"
+            if has_lora
+            else "it holds LoRA weights and this run trains all weights: set lora.use_lora to true",
+        )
+    if not isinstance(model, PeftModel):
+        return
+    there = json.loads((checkpoint / _ADAPTER_CONFIG).read_bytes())
+    here: Any = model.peft_config["default"]
+    for name, made, value in (
+        ("lora_r", there.get("r"), here.r),
+        ("lora_alpha", there.get("lora_alpha"), here.lora_alpha),
+    ):
+        if made != value:
+            raise _unfit(checkpoint, f"it was made with lora.{name} {made}, not {value}")
+    shapes: dict[str, list[int]] = {}
+    with safe_open(str(file), "pt") as weights:
+        for key in weights.keys():  # noqa: SIM118 - it is no mapping
+            shapes[key] = list(weights.get_slice(key).get_shape())
+    wanted = {key: list(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    if shapes != wanted:
+        differ = sorted(
+            shapes.keys() ^ wanted.keys() or {key for key in wanted if shapes[key] != wanted[key]}
+        )
+        raise _unfit(
+            checkpoint,
+            f"its weights are of another model or other lora.lora_target_modules ({differ[0]})",
+        )
+
+
+def _unfit(checkpoint: Path, why: str) -> RunFailed:
+    return RunFailed(
+        EndReason.MODEL_UNLOADABLE, f"The run can't be resumed from {checkpoint}: {why}."
+    )
 
 
 # --- outputs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetuned_daemon.runs.contract import (
+    DISK_FULL_ERRNOS,
     EVENTS,
     RESULT,
     EventLine,
@@ -30,6 +31,9 @@ _LEVELS = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+
+_RESERVE = ".reserve"
+_RESERVED_BYTES = 256 << 10
 
 # They write out the model's whole configuration at every load and save.
 _WORDY_LOGGERS = (
@@ -54,33 +58,53 @@ class Report:
         self._lock = threading.RLock()
         self._seq = 0
         self._size = 0
+        self._held: list[bytes] = []
         self._file = os.open(
             run_dir / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600
         )
+        self._reserve()
         sync_dir(run_dir)
+        self.is_disk_full = False
+        """The run folder took no more events at some time; the run is to save and end."""
         self.current_phase: RunPhase | None = None
         self.step = 0
         """Last whole optimizer step."""
 
     def emit(self, payload: Payload) -> None:
-        """Appends one event.
+        """Appends one event. On a full disk it is held back, to follow when there is room.
 
         Raises:
-            OSError: It can't be written; the file then ends with the event before.
+            OSError: It can't be written for another reason.
         """
         if os.getpid() != self._pid:
             return
         with self._lock:
-            line = EventLine.make(self._seq + 1, payload).model_dump_json().encode() + b"\n"
+            self._seq += 1
+            line = EventLine.make(self._seq, payload).model_dump_json().encode() + b"\n"
+            self._held.append(line)
+            self._write_held()
+
+    def _write_held(self) -> None:
+        while self._held:
+            line = self._held[0]
             try:
                 written = os.write(self._file, line)
                 if written < len(line):  # the disk is full: the next write says so
                     os.write(self._file, line[written:])
-            except OSError:
+            except OSError as error:
                 os.ftruncate(self._file, self._size)
-                raise
-            self._seq += 1
+                if error.errno not in DISK_FULL_ERRNOS:
+                    raise
+                self.is_disk_full = True
+                return
             self._size += len(line)
+            del self._held[0]
+
+    def _reserve(self) -> None:
+        """Sets room aside for the run's last words, should the disk be full by then."""
+        with open(self._run_dir / _RESERVE, "wb") as file:
+            file.write(bytes(_RESERVED_BYTES))
+            os.fsync(file.fileno())
 
     def phase(self, phase: RunPhase, message: str = "") -> None:
         """Says that the run entered a phase. A run that is stopping enters no other."""
@@ -111,6 +135,8 @@ class Report:
             OSError: It can't be written; the exit status is all there is then.
         """
         with self._lock:
+            (self._run_dir / _RESERVE).unlink(missing_ok=True)
+            self._write_held()
             self.sync()
             write_record(self._run_dir / RESULT, result)
 

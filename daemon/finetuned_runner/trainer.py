@@ -45,7 +45,7 @@ from finetuned_runner.checkpoint import Manifest
 from finetuned_runner.control import Watch
 from finetuned_runner.data import Collator, Samples
 from finetuned_runner.failures import RunFailed
-from finetuned_runner.model import Model, pad_id
+from finetuned_runner.model import Model, check_resumable, pad_id
 from finetuned_runner.progress import Meter
 from finetuned_runner.report import Report
 
@@ -136,13 +136,25 @@ class RunTrainer(Trainer):
                 self.train(resume_from_checkpoint=str(resume))
             else:  # it broke off after its last step; the plain Trainer would train for one more
                 self._load_from_checkpoint(str(resume))
-                self.state.global_step = self._report.step = manifest.step
+                self._skip_to(manifest.step)
         if (
             self.is_stopped
             and self._watch.wish is StopWish.SAVE
             and self.state.global_step > self._first_step
         ):
             self._save_at_stop()
+
+    def _skip_to(self, step: int) -> None:
+        self.state.global_step = self._report.step = step
+        self._report.notice(
+            "data.resume_from_checkpoint",
+            "NOTHING_LEFT_TO_TRAIN",
+            f"The checkpoint is of step {step} and the run ends at step {self._total_steps()}: "
+            "nothing is left to train, and its weights are the result.",
+        )
+        self._report.emit(
+            Progress(step=step, total_steps=self._total_steps(), num_tokens=self._num_tokens)
+        )
 
     @property
     def is_stopped(self) -> bool:
@@ -174,6 +186,7 @@ class RunTrainer(Trainer):
                 EndReason.MODEL_UNLOADABLE,
                 f"The run can't be resumed: {error}; choose another checkpoint.",
             ) from error
+        check_resumable(folder, cast("Model", self.model))
         self._num_tokens = self._tokens_at_step = manifest.num_tokens
         self._best_loss, self._without_gain = (
             manifest.best_eval_loss,
@@ -181,6 +194,16 @@ class RunTrainer(Trainer):
         )
         self._first_step = manifest.step
         return manifest
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (RuntimeError, ValueError) as error:
+            raise RunFailed(
+                EndReason.MODEL_UNLOADABLE,
+                f"The run can't be resumed from {resume_from_checkpoint}: its weights are of "
+                "another model; choose another checkpoint, or its own model.",
+            ) from error
 
     # --- data
 
@@ -329,7 +352,7 @@ class RunTrainer(Trainer):
         # the weights are.
         if self._state_at_step is not None:
             self._state_at_step.restore()
-        self._cause = self._watch.cause
+        self._cause = "signal" if self._watch.cause == "signal" else "stop"
         self._save_checkpoint(self.model, None)
 
     # --- for the flow below

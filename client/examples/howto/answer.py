@@ -195,9 +195,12 @@ def _counter(label: str, total: int) -> Callable[[int], None]:
     """Return a function that rewrites one progress line on standard error."""
 
     def show(done: int) -> None:
-        print(f"\ranswering {label}: {done}/{total}", end="", file=sys.stderr, flush=True)
-        if done == total:
-            print(file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"\ranswering {label}: {done}/{total}", end="", file=sys.stderr, flush=True)
+            if done == total:
+                print(file=sys.stderr)
+        elif done == total:
+            print(f"answering {label}: {done}/{total}", file=sys.stderr)
 
     return show
 

@@ -135,6 +135,8 @@ def _violation(detail: ErrorDetails) -> Violation:
         return Violation(field, f"must be one of {choices}, not {given!r}", "NOT_A_CHOICE")
     if kind == "too_short":
         return Violation(field, "must name at least one", "OUT_OF_RANGE")
+    if kind == "too_long":
+        return Violation(field, "must name at most 256", "OUT_OF_RANGE")
     if kind == "multiple_of":
         step = _constraints(info)["multiple_of"]
         return Violation(field, f"must be a multiple of {step}, not {given}", "OUT_OF_RANGE")

@@ -199,6 +199,7 @@ class LoraParameters(_Section):
         "advanced",
         choices=TARGET_MODULES,
         min_length=1,
+        max_length=256,
     )
     merge_lora: bool = _parameter(
         False, "训练后合并LoRA权重", "Merge LoRA weights after training", "optional"

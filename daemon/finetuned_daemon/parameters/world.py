@@ -37,7 +37,7 @@ def check_world(parameters: Parameters, training_type: TrainingType) -> list[Vio
     if data.output_dir:
         found += _check_output(data.output_dir, data.model_path)
     if data.resume_from_checkpoint:
-        found += _check_folder("data.resume_from_checkpoint", data.resume_from_checkpoint)
+        found += _check_checkpoint(data.resume_from_checkpoint, attaches=data.attach_lora)
     if parameters.lora.peft_config_path and training_type is TrainingType.SFT:
         found += _check_peft_config("lora.peft_config_path", parameters.lora.peft_config_path)
     return found
@@ -132,8 +132,8 @@ def _check_model(text: str) -> list[Violation]:
         if any(path.glob("*.gguf")):
             return [Violation(field, f"{text} holds GGUF files alone; {wanted}", "MODEL_IS_GGUF")]
         return [Violation(field, f"{text} has no config.json; {wanted}", "MODEL_WITHOUT_CONFIG")]
-    if _read_json(path / "config.json") is None:
-        return [Violation(field, "its config.json is not JSON", "MODEL_WITHOUT_CONFIG")]
+    if not isinstance(_read_json(path / "config.json"), dict):
+        return [Violation(field, "its config.json is no JSON object", "MODEL_WITHOUT_CONFIG")]
     if not any(path.glob("*.safetensors")):
         return [
             Violation(
@@ -188,6 +188,8 @@ def _check_output(text: str, model_path: str | None) -> list[Violation]:
     try:
         if path.exists() and not path.is_dir():
             return [Violation(field, f"must be a folder; {text} is a file", "NOT_A_FOLDER")]
+        if path.is_symlink() and not path.exists():
+            return [Violation(field, f"{text} is a link that leads nowhere", "NOT_A_FOLDER")]
         nearest = path
         while not nearest.exists():
             nearest = nearest.parent
@@ -202,6 +204,17 @@ def _check_output(text: str, model_path: str | None) -> list[Violation]:
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a loop of links
         return [Violation(field, f"{text} can't be used: {error}", "NOT_A_PATH")]
     return []
+
+
+def _check_checkpoint(text: str, *, attaches: bool) -> list[Violation]:
+    field = "data.resume_from_checkpoint"
+    found = _check_folder(field, text)
+    # To attach LoRA weights an adapter is enough; to resume takes all that a checkpoint holds.
+    name = "adapter_config.json" if attaches else "manifest.json"
+    if not found and not isinstance(_read_json(Path(text) / name), dict):
+        kind = "adapter" if attaches else "whole checkpoint"
+        return [Violation(field, f"{text} is no {kind}: it has no {name}", "NOT_A_CHECKPOINT")]
+    return found
 
 
 def _check_peft_config(field: str, text: str) -> list[Violation]:

@@ -129,7 +129,9 @@ class Bundle:
 
     def remove(self) -> None:
         """Removes the folder; no link is followed out of it."""
-        if self.path.exists():
+        if self.path.is_symlink():
+            self.path.unlink()
+        elif self.path.exists():
             shutil.rmtree(self.path)
 
     def _read(self, name: str, model: type[_RecordT]) -> _RecordT | None:

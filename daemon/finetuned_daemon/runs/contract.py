@@ -16,6 +16,7 @@ Imported by the runner: nothing here may need grpc, SQL or torch.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from enum import StrEnum
@@ -325,6 +326,9 @@ class EventLine(_Record):
 
 
 # --- files
+
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""No space, or no more of the user's share of it."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from finetuned_daemon.config import Config
 from finetuned_daemon.errors import DiskFull
 from finetuned_daemon.runs.bundle import Bundle
 from finetuned_daemon.runs.contract import (
+    DISK_FULL_ERRNOS,
     Control,
     EndReason,
     ProcessIdentity,
@@ -36,7 +38,6 @@ from finetuned_daemon.tasks import Run
 _log = logging.getLogger(__name__)
 
 _DISK_FULL_RETRY_SECONDS = 2.0
-_NO_SPACE = {28, 122}  # ENOSPC, EDQUOT
 
 
 @dataclass
@@ -162,7 +163,9 @@ class Supervisor:
                 umask=self._config.runner_umask,
             )
         except OSError as error:
-            reason = EndReason.DISK_FULL if error.errno in _NO_SPACE else EndReason.RUNNER_CRASHED
+            reason = (
+                EndReason.DISK_FULL if error.errno in DISK_FULL_ERRNOS else EndReason.RUNNER_CRASHED
+            )
             outcome = Result(end_reason=reason, message=f"The runner can't be started: {error}.")
             ending = asyncio.get_running_loop().create_task(self._end(run, outcome, Exit()))
             self._endings.add(ending)
@@ -224,6 +227,8 @@ class Supervisor:
                 console_tail=live.bundle.console_tail(),
             )
         )
+        if live.bundle.read_result() is None:
+            _remove_leftovers(Path(run.output_dir))
         await self._end(run, outcome, live.process.exit)
 
     async def _end(self, run: Run, outcome: Result, exit_: Exit) -> None:
@@ -290,6 +295,18 @@ def _claim_output_dir(run: Run) -> Path:
         else:
             sync_dir(parent)
             return folder
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Removes what a killed runner was about to write, and its folder if there is nothing in it."""
+    try:
+        for path in output_dir.glob(".tmp-*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+        if not any(output_dir.iterdir()):
+            output_dir.rmdir()
+    except OSError as error:  # the output may be gone or read-only by now; nothing depends on it
+        _log.warning("leftovers in %s stay: %s", output_dir, error)
 
 
 def _num_threads() -> int:

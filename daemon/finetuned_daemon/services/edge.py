@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from typing import Any
 
 import grpc
@@ -45,26 +45,23 @@ CODES: dict[type[DaemonError], int] = {
 }
 
 
+# An answer's trailers are limited, by default to 8 KiB: what is too long for them would arrive as
+# an error of the transport's, without any field.
+_MOST_MESSAGE = 600
+_MOST_DETAIL = 4500
+
+
 def to_status(error: DaemonError) -> status_pb2.Status:
-    """The status with its typed details."""
+    """The status with its typed details, short enough for the trailers of an answer."""
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if isinstance(error, InvalidRequest):
-        details.append(
-            error_details_pb2.BadRequest(
-                field_violations=[
-                    error_details_pb2.BadRequest.FieldViolation(
-                        field=v.field, description=v.message, reason=v.reason
-                    )
-                    for v in error.violations
-                ]
-            )
-        )
+        details.append(_bad_request(error.violations))
     elif isinstance(error, NotFound | AlreadyExists):
         details.append(
             error_details_pb2.ResourceInfo(
                 resource_type=f"{DOMAIN}.v1/{error.kind.capitalize()}",
-                resource_name=error.name,
-                description=str(error),
+                resource_name=_short(error.name, 200),
+                description=_short(str(error), 400),
             )
         )
     elif isinstance(error, WrongState):
@@ -77,12 +74,43 @@ def to_status(error: DaemonError) -> status_pb2.Status:
                 ]
             )
         )
-    status = status_pb2.Status(code=CODES[type(error)], message=str(error))
+    status = status_pb2.Status(code=CODES[type(error)], message=_short(str(error), _MOST_MESSAGE))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+    """All fields with their reasons; sentences are cut where they are too long together."""
+    most = 400
+    while True:
+        result = error_details_pb2.BadRequest(
+            field_violations=[
+                error_details_pb2.BadRequest.FieldViolation(
+                    field=_short(v.field, 80), description=_short(v.message, most), reason=v.reason
+                )
+                for v in violations
+            ]
+        )
+        if result.ByteSize() <= _MOST_DETAIL:
+            return result
+        if most > 20:
+            most = most * 2 // 3
+        else:
+            violations = violations[
+                :-1
+            ]  # more than there are parameters: a request of unknown ones
+
+
+def _short(text: str, most: int) -> str:
+    """At most so many UTF-8 bytes, cut in the middle: paths differ at their ends."""
+    data = text.encode()
+    if len(data) <= most:
+        return text
+    half = (most - 5) // 2
+    return f"{data[:half].decode(errors='ignore')} ... {data[-half:].decode(errors='ignore')}"
 
 
 class Malformed:
@@ -174,7 +202,7 @@ class Edge(aio.ServerInterceptor):
                 "`token` in the daemon's runtime folder",
             )
         if isinstance(request, Malformed):
-            violation = Violation("", "the bytes are no such message", "MALFORMED")
+            violation = Violation("", "the request is no such message", "MALFORMED")
             await context.abort_with_status(
                 rpc_status.to_status(to_status(InvalidRequest([violation])))
             )
