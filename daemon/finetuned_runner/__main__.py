@@ -30,7 +30,7 @@ from finetuned_daemon.runs.contract import (
     TrainingType,
     sync_dir,
 )
-from finetuned_runner.control import NO_ROOM_FOR_EVENTS, Watch, mask_signals
+from finetuned_runner.control import Watch, mask_signals
 from finetuned_runner.environment import prepare
 from finetuned_runner.failures import RunFailed, judge
 from finetuned_runner.report import Report, send_logs, send_transformers_logs
@@ -116,11 +116,7 @@ def _run(run_dir: Path, report: Report, watch: Watch) -> Result:
         level = parameters.logging.log_level
         send_logs(report, level)
         send_transformers_logs(level)
-        result = _train(spec, report, watch)
-        if watch.cause == "disk" and result.end_reason is EndReason.STOPPED_BY_USER:
-            message = f"{NO_ROOM_FOR_EVENTS} {result.message}"
-            return result.model_copy(update={"end_reason": EndReason.DISK_FULL, "message": message})
-        return result
+        return _train(spec, report, watch)
     except BaseException as error:
         logging.getLogger(__name__).debug("the run broke off", exc_info=True)
         traceback.print_exc()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetuned_daemon.runs.contract import EndReason, Result, StopWish
-from finetuned_runner.control import Watch
+from finetuned_runner.control import NO_ROOM_FOR_EVENTS, Watch
 from finetuned_runner.trainer import RunTrainer
 
 
@@ -22,6 +22,10 @@ def stopped(trainer: RunTrainer, watch: Watch) -> Result:
     else:
         message = (
             f"Stopped at step {step}, before a new step was done; resume from the same checkpoint."
+        )
+    if watch.cause == "disk":
+        return Result(
+            end_reason=EndReason.DISK_FULL, message=f"{NO_ROOM_FOR_EVENTS} {message}", step=step
         )
     return Result(end_reason=EndReason.STOPPED_BY_USER, message=message, step=step)
 

@@ -88,9 +88,9 @@ class Report:
         while self._held:
             line = self._held[0]
             try:
-                written = os.write(self._file, line)
-                if written < len(line):  # the disk is full: the next write says so
-                    os.write(self._file, line[written:])
+                written = 0
+                while written < len(line):  # a full disk takes a part, and then says so
+                    written += os.write(self._file, line[written:])
             except OSError as error:
                 os.ftruncate(self._file, self._size)
                 if error.errno not in DISK_FULL_ERRNOS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import grp
 import json
 import os
 import stat
@@ -55,6 +57,22 @@ def test_a_parent_that_others_can_write_is_refused(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path / "open")
     assert daemon.spawn().wait(20) == 1
     assert f"{tmp_path / 'open'} can be written by others" in daemon.log.read_text()
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    daemon = Daemon(tmp_path)
+    assert daemon.spawn().wait(20) == 1
+    assert "there is a file in its place" in daemon.log.read_text()
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def test_a_parent_that_the_users_own_group_can_write_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home").chmod(0o775)
+    if grp.getgrgid((tmp_path / "home").stat().st_gid).gr_name != getpass.getuser():
+        pytest.skip("this user has no group of its own")
+    Daemon(tmp_path / "home").start().close()
 
 
 @pytest.fixture

@@ -139,6 +139,20 @@ def test_a_killed_runner_is_failed_with_its_signal_within_two_seconds(
     daemon.wait(again.name, "COMPLETED")
 
 
+def test_what_a_killed_runner_was_about_to_write_is_removed(daemon: Daemon, scene: Scene) -> None:
+    task = daemon.create(scene.play(steps=9, gated=True, save_steps=1), start=True)
+    with daemon.watch(task.name) as watch:
+        scene.let_pass(1)
+        watch.until_step(1)
+        run = run_of(daemon, task.name)
+        output = Path(run.output_dir)
+        (output / ".tmp-checkpoint-2").mkdir()
+        (output / ".tmp-checkpoint-2/weights").write_bytes(b"half")
+        os.kill(run.pid, signal.SIGKILL)
+        watch.until_end()
+    assert [path.name for path in output.iterdir()] == ["checkpoint-1"]
+
+
 def test_children_of_a_killed_runner_end_with_it(daemon: Daemon, scene: Scene) -> None:
     task = daemon.create(scene.play(steps=9, gated=True, child=True), start=True)
     with daemon.watch(task.name) as watch:

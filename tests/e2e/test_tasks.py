@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -127,6 +128,28 @@ def test_bad_input_names_all_its_fields_and_writes_nothing(daemon: Daemon, scene
     assert list(list_tasks(daemon).tasks) == []
 
 
+def test_all_fields_are_named_however_long_their_values(daemon: Daemon) -> None:
+    parameters = parameters_pb2.Parameters()
+    for section in parameters.DESCRIPTOR.fields:
+        part = getattr(parameters, section.name)
+        for f in section.message_type.fields:
+            if f.type == f.TYPE_STRING:
+                setattr(part, f.name, "/日本語" * 1000)
+            elif f.type in (f.TYPE_INT32, f.TYPE_DOUBLE):
+                setattr(part, f.name, -5)
+    with refused() as refusal:
+        daemon.create(parameters, request_id="x" * 5000)
+    assert refusal.fields == {"request_id": "BAD_REQUEST_ID"}
+    with refused() as refusal:
+        daemon.create(parameters)
+    wrong = [f for section in parameters.DESCRIPTOR.fields for f in section.message_type.fields]
+    numbers_and_texts = [f for f in wrong if f.type != f.TYPE_BOOL and f.type != f.TYPE_MESSAGE]
+    assert len(refusal.fields) == len(numbers_and_texts)
+    with refused() as refusal:
+        daemon.get("tasks/" + "ü" * 70_000)
+    assert refusal.reason == "TASK_NOT_FOUND"
+
+
 def test_an_unfinished_task_may_be_created_but_not_started(daemon: Daemon) -> None:
     task = daemon.create(parameters_pb2.Parameters())
     with refused() as refusal:
@@ -233,6 +256,20 @@ def test_a_device_runs_one_task_at_a_time_in_the_order_of_their_starts(
     spans = [(t.start_time.ToMicroseconds(), t.end_time.ToMicroseconds()) for t in ended]
     assert spans[0][1] <= spans[1][0]
     assert spans[1][1] <= spans[2][0]
+
+
+def test_a_delete_follows_no_link_out_of_the_run_folders(
+    daemon: Daemon, scene: Scene, tmp_path: Path
+) -> None:
+    task = daemon.create(scene.play(steps=1), start=True)
+    daemon.wait(task.name, "COMPLETED")
+    (folder,) = (daemon.paths.state_dir / "runs").iterdir()
+    treasure = tmp_path / "treasure"
+    folder.rename(treasure)
+    folder.symlink_to(treasure)
+    daemon.tasks.DeleteTask(task_service_pb2.DeleteTaskRequest(name=task.name))
+    assert not folder.is_symlink()
+    assert list(treasure.iterdir())
 
 
 @pytest.mark.parametrize("name", ["", "tasks/", "tasks/none", "none", "tasks/a/runs/1", "täsks/😀"])

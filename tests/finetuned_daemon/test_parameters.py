@@ -159,6 +159,12 @@ def test_all_wrong_fields_come_in_one_answer_whatever_their_kind(scene: Scene) -
             "data.resume_from_checkpoint",
             "FOLDER_NOT_FOUND",
         ),
+        (
+            {"data.resume_from_checkpoint": "/tmp"},
+            "data.resume_from_checkpoint",
+            "NOT_A_CHECKPOINT",
+        ),
+        ({"lora.lora_target_modules": ["x"] * 300}, "lora.lora_target_modules", "OUT_OF_RANGE"),
     ],
 )
 def test_a_rule_fires_alone(values: dict[str, Any], field: str, reason: str) -> None:

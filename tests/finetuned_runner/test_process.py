@@ -188,6 +188,24 @@ def test_sigterm_to_the_group_saves_and_the_terminals_signals_do_nothing(shop):
     verify_checkpoint(run.output / f"checkpoint-{saved.step}")
 
 
+def test_a_run_that_was_frozen_goes_on_and_a_discard_stays_one(shop):
+    run = shop.start(shop.make(training=LONG))
+    run.wait_for(lambda run: len(run.events(Progress)) > 3)
+    for _ in range(5):
+        os.kill(run.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, run.process.pid, os.WSTOPPED)
+        os.kill(run.process.pid, signal.SIGCONT)
+        step = run.events(Progress)[-1].step
+        run.wait_for(lambda run, step=step: run.events(Progress)[-1].step > step)
+    os.kill(run.process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, run.process.pid, os.WSTOPPED)
+    run.wish(StopWish.DISCARD)
+    os.kill(run.process.pid, signal.SIGCONT)
+    assert run.wait() == 0
+    assert run.result.end_reason is EndReason.STOPPED_BY_USER
+    assert run.checkpoints() == []
+
+
 def test_a_wish_during_start_or_preparation_ends_the_run_at_once(shop):
     waiting = shop.make("waiting")
     waiting.wish(StopWish.SAVE)

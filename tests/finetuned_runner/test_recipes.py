@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from finetuned_daemon.runs.contract import (
     EndReason,
     Evaluation,
     Progress,
+    Result,
     StopWish,
     TrainingType,
 )
@@ -191,6 +193,8 @@ def test_errors_are_told_apart_by_type_and_text():
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert reason(wrapped) == "DISK_FULL"
     assert reason(OSError(errno.EDQUOT, "quota")) == "DISK_FULL"
+    torch_says = "[enforce fail at inline_container.cc:672] . unexpected pos 135360 vs 135248"
+    assert reason(RuntimeError(torch_says)) == "DISK_FULL"
     assert reason(Exception("I/O error: No space left on device (os error 28)")) == "DISK_FULL"
     assert reason(torch.OutOfMemoryError("CUDA out of memory. Tried")) == "DEVICE_OUT_OF_MEMORY"
     assert reason(MemoryError()) == "HOST_OUT_OF_MEMORY"
@@ -229,7 +233,82 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before_whole(shop, 
     checkpoint.verify_checkpoint(run.output / "checkpoint-2")
 
 
+def test_events_that_a_full_disk_does_not_take_follow_later_and_ask_for_the_end(
+    tmp_path, monkeypatch
+):
+    from finetuned_runner import report as module
+    from finetuned_runner.report import Report
+
+    report = Report(tmp_path)
+    report.notice("", "FIRST", "It fits.")
+    write, is_full = os.write, True
+
+    def write_a_little(descriptor: int, data: bytes) -> int:
+        if is_full and data.startswith(b"{"):
+            return write(descriptor, data[:5])
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(module.os, "write", write_a_little)
+    for number in range(3):
+        report.notice("", f"HELD_{number}", "It does not.")
+    assert report.is_disk_full
+    text = (tmp_path / "events.jsonl").read_text()
+    assert text.count("\n") == 1
+    assert text.endswith("\n"), "no torn line stays"
+    is_full = False
+    report.finish(Result(end_reason=EndReason.DISK_FULL))
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seq"] for line in lines] == [1, 2, 3, 4]
+    assert not (tmp_path / ".reserve").exists()
+
+
 # --- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lora": {"lora_r": 4}}, "made with lora.lora_r 16, not 4"),
+        ({"lora": {"lora_alpha": 4}}, "made with lora.lora_alpha 16, not 4"),
+        ({"lora": {"use_lora": False}}, "set lora.use_lora to true"),
+        ({"lora": {"lora_target_modules": ["q_proj"]}}, "other lora.lora_target_modules"),
+        ({"hidden": 48}, "of another model"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_a_sentence(shop, change, says):
+    done = shop.here(shop.make("done", training={"max_steps": 1}))
+    hidden = change.pop("hidden", 32)
+    again = shop.make(
+        "again",
+        training={"max_steps": 2},
+        data={
+            "resume_from_checkpoint": str(done.output / "checkpoint-1"),
+            "model_path": str(shop.model(hidden=hidden)),
+        },
+        **change,
+    )
+    result = shop.here(again).result
+    assert result.end_reason is EndReason.MODEL_UNLOADABLE
+    assert says in result.message
+    assert not again.losses()
+
+
+def test_full_weights_of_another_model_are_refused_in_a_sentence(shop):
+    full = {"use_lora": False}
+    done = shop.here(shop.make("done", training={"max_steps": 1}, lora=full))
+    again = shop.make(
+        "again",
+        lora=full,
+        data={
+            "resume_from_checkpoint": str(done.output / "checkpoint-1"),
+            "model_path": str(shop.model(hidden=48)),
+        },
+    )
+    result = shop.here(again).result
+    assert result.end_reason is EndReason.MODEL_UNLOADABLE
+    assert "its weights are of another model" in result.message
 
 
 def test_only_a_whole_checkpoint_is_resumed(shop):
@@ -270,6 +349,8 @@ def test_a_run_that_broke_off_after_its_last_step_is_brought_to_its_end(shop):
     assert again.result.end_reason is EndReason.STEP_LIMIT, again.result
     assert again.result.step == 4
     assert not again.losses()
+    assert "NOTHING_LEFT_TO_TRAIN" in again.notices()
+    assert again.events(Progress)[-1].step == 4
     first, second = weights(done.output / "final"), weights(again.output / "final")
     assert all((first[name] == second[name]).all() for name in first)
 
