@@ -10,12 +10,12 @@ import re
 import uuid
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from google.protobuf.message import Message
 
 from finetuned._errors import FieldViolation, InvalidArgument, NotFound
-from finetuned._parameters import from_mapping
+from finetuned._parameters import from_mapping, is_utf8, not_utf8
 from finetuned.v1 import system_service_pb2 as system
 from finetuned.v1 import task_service_pb2 as tasks
 from finetuned.v1.parameters_pb2 import Parameters
@@ -61,6 +61,7 @@ def create_task(
     validate_only: bool,
 ) -> Steps[Task]:
     """CreateTask, repeatable by a request id of our own."""
+    _check_texts(display_name=display_name, device=device, task_id=task_id, request_id=request_id)
     request = tasks.CreateTaskRequest(
         task=Task(
             display_name=display_name,
@@ -81,6 +82,7 @@ def create_task(
 
 def get_task(name: str) -> Steps[Task]:
     """GetTask, by any of its names."""
+    _check_name(name)
     if name.startswith("tasks/"):
         answer: tasks.GetTaskResponse = yield Call(
             TASK_SERVICE, "GetTask", tasks.GetTaskRequest(name=name)
@@ -101,6 +103,7 @@ def get_task(name: str) -> Steps[Task]:
 
 def resolve(name: str) -> Steps[str]:
     """The resource name `tasks/{task_id}` for any name of a task."""
+    _check_name(name)
     if name.startswith("tasks/"):
         return name
     task = yield from get_task(name)
@@ -126,12 +129,14 @@ def delete_task(name: str, etag: str, allow_missing: bool) -> Steps[None]:
         if allow_missing:
             return
         raise
+    _check_texts(etag=etag)
     request = tasks.DeleteTaskRequest(name=name, etag=etag, allow_missing=allow_missing)
     yield Call(TASK_SERVICE, "DeleteTask", request, repeatable=allow_missing)
 
 
 def start_task(name: str, etag: str, request_id: str) -> Steps[Task]:
     """StartTask, repeatable by a request id of our own."""
+    _check_texts(etag=etag, request_id=request_id)
     request = tasks.StartTaskRequest(
         name=(yield from resolve(name)), etag=etag, request_id=request_id or str(uuid.uuid4())
     )
@@ -183,6 +188,30 @@ def shutdown() -> Steps[None]:
     yield Call(SYSTEM_SERVICE, "Shutdown", system.ShutdownRequest(), repeatable=False)
 
 
+def _check_name(name: object) -> None:
+    """Raise where it can be no task's name: what came of it would be about another task."""
+    if not isinstance(name, str):
+        raise TypeError(f"a task's name is a str, such as task.name, not {type(name).__name__}")
+    _check_texts(name=name)
+    if not name.strip():
+        _refuse([FieldViolation("name", "must name a task, and is empty", "REQUIRED")])
+
+
+def _check_texts(**texts: str) -> None:
+    """Raise where protobuf would, with a sentence."""
+    wrong = [not_utf8(field) for field, text in texts.items() if not is_utf8(text)]
+    if wrong:
+        _refuse(wrong)
+
+
+def _refuse(violations: list[FieldViolation]) -> NoReturn:
+    raise InvalidArgument(
+        "; ".join(f"{v.field}: {v.description}" for v in violations),
+        reason="INVALID_FIELDS",
+        violations=violations,
+    )
+
+
 def _training_type(value: str | TrainingType.ValueType) -> TrainingType.ValueType:
     number: TrainingType.ValueType = _enum(TrainingType, "TRAINING_TYPE_", "training_type", value)
     return number
@@ -203,7 +232,5 @@ def _enum(enum: Any, prefix: str, field: str, value: Any) -> Any:
         violation = FieldViolation(
             field, f"must be one of {', '.join(choices)}, not {value!r}", "NOT_A_CHOICE"
         )
-        raise InvalidArgument(
-            f"{field}: {violation.description}", reason="INVALID_FIELDS", violations=[violation]
-        )
+        _refuse([violation])
     return enum.Value(prefix + word)

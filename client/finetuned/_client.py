@@ -56,7 +56,8 @@ class Client:
         Args:
             address: `unix:/path` or `host:port`; else `FINETUNED_ADDRESS`, else the daemon of this
                 user on this machine.
-            token: What TCP demands; else `FINETUNED_TOKEN`, else, on loopback, the daemon's file.
+            token: What TCP demands; else `FINETUNED_TOKEN`, else the token file of this user's
+                daemon, at an address that this daemon has announced and nowhere else.
             start_daemon: Start the daemon at the first call if none serves. It lives on.
             timeout: Seconds that a call may take; those that read training data may take longer.
         """
@@ -151,7 +152,12 @@ class Client:
         )
 
     def get_task(self, name: str) -> Task:
-        """The task as it stands."""
+        """The task as it stands.
+
+        Raises:
+            NotFound: No such task.
+            TypeError: The name is no text; a `Task` has its own in `name`.
+        """
         return self._run(_calls.get_task(name))
 
     def list_tasks(self, states: Iterable[str | TaskState.ValueType] = ()) -> Iterator[Task]:

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_to_bytes
 
 from finetuned._errors import DaemonUnavailable, InvalidArgument
 from finetuned._paths import paths
@@ -21,7 +21,6 @@ from finetuned._paths import paths
 ADDRESS_VARIABLE = "FINETUNED_ADDRESS"
 TOKEN_VARIABLE = "FINETUNED_TOKEN"  # noqa: S105 (a name, not a token)
 
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PROBE_SECONDS = 1.0
 
 
@@ -64,6 +63,10 @@ class Endpoint:
             ("grpc.use_local_subchannel_pool", 1),
             # A page of events may hold long tracebacks.
             ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+            # Errors come as metadata: by default gRPC replaces what is over 8 KiB, many long
+            # violations, by a remark of its own.
+            ("grpc.max_metadata_size", 64 * 1024),
+            ("grpc.absolute_max_metadata_size", 256 * 1024),
         ]
         if self.is_unix:
             # grpc would send the percent-encoded path as :authority, which some servers refuse.
@@ -83,7 +86,7 @@ class Endpoint:
             connection = socket.socket(socket.AF_UNIX)
             try:
                 connection.settimeout(_PROBE_SECONDS)
-                connection.connect(unquote(self.target.removeprefix("unix:")))
+                connection.connect(unquote_to_bytes(self.target.removeprefix("unix:")))
             except OSError:
                 connection.close()
                 raise
@@ -96,7 +99,7 @@ def find(address: str | None = None, token: str | None = None) -> Endpoint:
     """The endpoint to use now. It can change when another daemon takes over.
 
     Raises:
-        InvalidArgument: The address is no address.
+        InvalidArgument: The address is no address, or the token no token.
         DaemonUnavailable: No address is known, as no daemon has written one.
     """
     address = address or os.environ.get(ADDRESS_VARIABLE)
@@ -116,20 +119,38 @@ def _endpoint(address: str, token: str | None, *, is_default: bool) -> Endpoint:
         path = address.removeprefix("unix:")
         # `unix:///path` is the same place; gRPC decodes percent signs, so a path must encode its.
         path = "/" + path.lstrip("/") if path.startswith("//") else path
-        return Endpoint(f"unix:{quote(str(Path(path).absolute()))}", is_default=is_default)
+        encoded = quote(os.fsencode(Path(path).absolute()))
+        return Endpoint(f"unix:{encoded}", is_default=is_default)
     if address.startswith("/"):
         return _endpoint(f"unix:{address}", token, is_default=is_default)
-    host, _ = _split(address)
-    token = token or os.environ.get(TOKEN_VARIABLE) or ""
-    # The file's token belongs to this machine's daemon; it must not travel to another by default.
-    if not token and host in _LOOPBACK:
-        token = _read(paths().token).strip()
+    place = _split(address)
+    if token:
+        return Endpoint(address, _checked(token, "the token"), is_default)
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token:
+        return Endpoint(address, _checked(token, TOKEN_VARIABLE), is_default)
+    # The file's token belongs to the daemon of our runtime folder. Whoever else serves on this
+    # machine, another user's program perhaps, must not be shown it.
+    here = paths()
+    own = [_split(a) for a in _served(here.endpoint) if not a.startswith("unix:")]
+    token = _checked(_read(here.token), str(here.token)) if place in own else ""
     return Endpoint(address, token, is_default)
+
+
+def _checked(token: str, source: str) -> str:
+    token = token.strip()
+    if not token.isascii() or (token and not token.isprintable()):
+        raise InvalidArgument(
+            f"{source} is no token of a daemon: those are one line of printable ASCII",
+            reason="BAD_TOKEN",
+        )
+    return token
 
 
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536
+    if not host.isascii() or not host.isprintable() or not host or not is_port:
         raise InvalidArgument(
             f"{address!r} is no address; use unix:/path/of.sock or host:port", reason="BAD_ADDRESS"
         )
@@ -147,6 +168,6 @@ def _served(endpoint_file: Path) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

@@ -64,8 +64,7 @@ def start_daemon(
             "a daemon is started only where no address is named by argument or FINETUNED_ADDRESS"
         )
     log = paths().log
-    # The modes that the daemon itself gives, and demands.
-    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_private(log.parent)
     start_of_log = log.stat().st_size if log.exists() else 0
     process = _spawn(log)
     if on_start is not None:
@@ -91,6 +90,26 @@ def start_daemon(
         f"the daemon did not answer within {timeout:g} s; the end of {log}:\n"
         f"{_tail(log, start_of_log)}"
     )
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder and what is missing above it, for this user alone.
+
+    The daemon refuses folders that others can write in, and `mkdir(parents=True)` would leave the
+    modes of parents to the umask.
+    """
+    missing: list[Path] = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for made in reversed(missing):
+        try:
+            made.mkdir(mode=0o700)
+        except FileExistsError:
+            if not made.is_dir():
+                raise
+        else:
+            made.chmod(0o700)  # a umask can take from the owner too
 
 
 def _find(address: str | None, token: str | None) -> Endpoint | None:

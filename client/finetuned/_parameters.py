@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -18,9 +19,18 @@ from finetuned.v1.parameters_pb2 import Parameters, StringList
 
 UNKNOWN_FIELD = "UNKNOWN_FIELD"
 WRONG_TYPE = "WRONG_TYPE"
+NOT_UTF8 = "NOT_UTF8"
+
+SECTIONS = tuple(section.name for section in Parameters.DESCRIPTOR.fields)
+"""Names to look others up in: protobuf's own mapping breaks on lone surrogates."""
 
 _INTEGERS = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
 _FLOATS = (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT)
+# Bounded in work too: a file's aliases can make a small value endless.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+_REPR.maxlist = _REPR.maxdict = 4
+_REPR.maxlevel = 2
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 
@@ -71,15 +81,18 @@ def convert(
     violations: list[FieldViolation] = []
     known = fields()
     for section, content in values.items():
-        if section not in Parameters.DESCRIPTOR.fields_by_name:
+        if section not in SECTIONS:
             violations.append(_unknown(section, content, known))
         elif content is None:
             continue
         elif not isinstance(content, Mapping):
-            violations.append(_wrong(section, "a section with fields", content))
+            violations.append(no_section(section, content))
         else:
             for name, value in cast("Mapping[str, Any]", content).items():
                 path = f"{section}.{name}"
+                if not name:
+                    violations.append(no_field(section))
+                    continue
                 if path not in known:
                     violations.append(_unknown(path, value, known))
                     continue
@@ -100,6 +113,34 @@ def flatten(parameters: Parameters) -> dict[str, Any]:
     return result
 
 
+def is_utf8(text: object) -> bool:
+    """Whether a text can be sent: Python keeps odd bytes of a command line as lone surrogates."""
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+    return True
+
+
+def not_utf8(field: str) -> FieldViolation:
+    """The violation of a text that can't be sent."""
+    return FieldViolation(field, "holds bytes that are no UTF-8", NOT_UTF8)
+
+
+def no_section(section: str, value: object) -> FieldViolation:
+    """The violation of a section that holds no fields."""
+    return _wrong(section, "a section with fields", value)
+
+
+def no_field(section: str) -> FieldViolation:
+    """The violation of a field without a name."""
+    names = [p.partition(".")[2] for p in fields() if p.startswith(f"{section}.")]
+    return FieldViolation(
+        section, f"names no field; those of {section} are {', '.join(names)}", UNKNOWN_FIELD
+    )
+
+
 def _message(field: FieldDescriptor) -> Descriptor:
     assert field.message_type is not None, field.full_name
     return field.message_type
@@ -118,6 +159,8 @@ def _set(
         items: list[Any] = list(value)
         if not all(isinstance(item, str) for item in items):
             return _wrong(path, "a list of names", items)
+        if not all(map(is_utf8, items)):
+            return not_utf8(path)
         # An empty list is a value too, and must be told from an absent one.
         getattr(section, field.name).CopyFrom(StringList(values=items))
         return None
@@ -133,9 +176,11 @@ def _set(
         return _wrong(path, "a text", value)
     if isinstance(value, os.PathLike):
         value = os.fspath(cast("os.PathLike[str]", value))
+    if isinstance(value, str) and not is_utf8(value):
+        return not_utf8(path)
     try:
         setattr(section, field.name, int(value) if kind in _INTEGERS else value)
-    except (ValueError, OverflowError):  # beyond 32 bits, or not UTF-8: it can't even be sent
+    except (ValueError, OverflowError):  # beyond 32 bits: it can't even be sent
         return _wrong(path, "a value that fits", value)
     return None
 
@@ -159,20 +204,19 @@ def _parse(field: FieldDescriptor, text: str) -> Any:
 
 def _unknown(path: str, value: Any, known: Mapping[str, FieldDescriptor]) -> FieldViolation:
     section, _, name = path.partition(".")
-    sections = [field.name for field in Parameters.DESCRIPTOR.fields]
     if not name and not isinstance(value, Mapping):
         # A field without its section, such as `batch_size`.
         homes = [p for p in known if p.endswith(f".{section}")] or _like(section, known)
         what = "is no section"
     elif not name:
-        homes = difflib.get_close_matches(section, sections, n=1)
+        homes = difflib.get_close_matches(section, SECTIONS, n=1)
         what = "is no section"
     else:
         homes = [p for p in known if p.endswith(f".{name}")] or _like(path, known)
         what = "is no parameter"
     hint = f"; did you mean {homes[0]}?" if homes else ""
     if not homes and not name:
-        hint = f"; sections are {', '.join(sections)}"
+        hint = f"; sections are {', '.join(SECTIONS)}"
     return FieldViolation(path, what + hint, UNKNOWN_FIELD)
 
 
@@ -193,5 +237,4 @@ def _like(path: str, known: Mapping[str, FieldDescriptor]) -> list[str]:
 
 
 def _wrong(path: str, expected: str, value: Any) -> FieldViolation:
-    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    return FieldViolation(path, f"must be {expected}, not {shown}", WRONG_TYPE)
+    return FieldViolation(path, f"must be {expected}, not {_REPR.repr(value)}", WRONG_TYPE)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
+import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,7 +125,7 @@ def test_all_that_is_wrong_comes_in_one_answer_and_nothing_is_written(
         r"training\.batch_size +must be .*1.*128",
         r"lora\.lora_r +must be a whole number, not 'x'",
         r"data\.train_file +.*no\.jsonl",
-        r"--set nonsense +must be section\.field=value",
+        r"--set +wants section\.field=value, not 'nonsense'",
     ):
         assert re.search(rf"^  {line}", answer.stderr, re.M), answer.stderr
     assert json.loads(ctl("task", "list", "--json").stdout) == []
@@ -217,6 +220,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_in_a_like_task(
     (hint,) = re.findall(r"finetunectl train --like halt --set (\S+)", err)
     scene.play(steps=1)
     created = ctl("task", "create", "--like", "halt", "--set", hint, "--name", "more", "--json")
+    assert created.returncode == 0, created.stderr
     data = json.loads(created.stdout)["parameters"]["data"]
     assert data["resume_from_checkpoint"].endswith("checkpoint-1")
     assert data["train_file"] == str(scene.data)
@@ -317,27 +321,189 @@ def test_bad_usage_is_status_2(ctl: Run, arguments: list[str]) -> None:
     assert answer.stdout == ""
 
 
-def test_on_a_terminal_a_bar_moves_and_leaves_the_end_behind(
-    environment: dict[str, str], scene: Scene, tmp_path: Path
-) -> None:
-    child, terminal = pty.fork()
-    if not child:
-        os.chdir(tmp_path)
-        arguments = [CTL, "train", *options(scene, steps=5), "--name", "live"]
-        os.execve(CTL, arguments, {**environment, "TERM": "xterm-256color"})
-    written = b""
-    while True:
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, environment: dict[str, str], folder: Path, arguments: list[str]) -> None:
+        self.pid, self._terminal = pty.fork()
+        if not self.pid:
+            os.chdir(folder)
+            os.execve(CTL, [CTL, *arguments], {**environment, "TERM": "xterm-256color"})
+        self.written = ""
+
+    def read_until(self, text: str) -> None:
+        """Reads on until the text has been written."""
+        while text not in self.plain:
+            assert self._read(), self.written
+
+    def type(self, keys: bytes) -> None:
+        """Types keys."""
+        os.write(self._terminal, keys)
+
+    def hang_up(self) -> None:
+        """Closes the terminal's window."""
+        os.close(self._terminal)
+
+    def end(self, again: bytes = b"") -> int:
+        """Reads to the end, typing these keys as long as nothing comes; the exit status."""
+        while True:
+            if again and not select.select([self._terminal], [], [], 1)[0]:
+                self.type(again)
+            elif not self._read():
+                break
+        os.close(self._terminal)
+        return self.status()
+
+    def status(self) -> int:
+        """Waits for the exit status."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    @property
+    def plain(self) -> str:
+        """What was written, without colours and moves."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.written)
+
+    @property
+    def has_cursor(self) -> bool:
+        """Whether the cursor was hidden and is shown again."""
+        _, hidden, after = self.written.rpartition("\x1b[?25l")
+        return bool(hidden) and "\x1b[?25h" in after
+
+    def _read(self) -> bool:
         try:
-            written += os.read(terminal, 65536)
+            read = os.read(self._terminal, 65536)
         except OSError:  # the child has gone
-            break
-    os.close(terminal)
-    _, status = os.waitpid(child, 0)
-    text = written.decode()
-    assert os.waitstatus_to_exitcode(status) == 0, text
-    assert "\x1b[?25l" in text, "the cursor was hidden"
-    assert "\x1b[?25h" in text.rpartition("\x1b[?25l")[2], "and shown again"
-    assert "━" in text
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
-    assert "5/5 steps" in plain
-    assert re.search(r"completed +finished", plain)
+            return False
+        self.written += read.decode(errors="replace")
+        return bool(read)
+
+
+@pytest.fixture
+def on_terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Begins a command on a terminal; what is left of it is ended."""
+    begun: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        begun.append(Terminal(environment, tmp_path, list(arguments)))
+        return begun[-1]
+
+    yield start
+    for terminal in begun:
+        # Reaped: not ours any more, and its number may be somebody else's.
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(terminal.pid, os.WNOHANG) == (0, 0):
+                os.kill(terminal.pid, signal.SIGKILL)
+                os.waitpid(terminal.pid, 0)
+
+
+def test_on_a_terminal_a_bar_moves_and_leaves_the_end_behind(
+    on_terminal: Callable[..., Terminal], scene: Scene
+) -> None:
+    terminal = on_terminal("train", *options(scene, steps=5), "--name", "live")
+    assert terminal.end() == 0, terminal.written
+    assert terminal.has_cursor
+    assert "━" in terminal.written
+    assert "5/5 steps" in terminal.plain
+    assert re.search(r"completed +finished", terminal.plain)
+
+
+def state_of(ctl: Run, name: str) -> str:
+    state: str = json.loads(ctl("task", "show", "--json", "--", name).stdout)["state"]
+    return state.removeprefix("TASK_STATE_").lower()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_live_view_that_is_ended_gives_the_cursor_back(
+    ctl: Run, on_terminal: Callable[..., Terminal], scene: Scene, number: signal.Signals
+) -> None:
+    terminal = on_terminal("train", *options(scene, gated=True), "--name", "live")
+    terminal.read_until("training")
+    os.kill(terminal.pid, number)
+    assert terminal.end() == 128 + number
+    assert terminal.has_cursor
+    assert "Traceback" not in terminal.written
+    assert state_of(ctl, "live") == "running"
+
+
+def test_a_terminal_that_is_gone_ends_the_view_and_not_the_run(
+    ctl: Run, on_terminal: Callable[..., Terminal], scene: Scene
+) -> None:
+    terminal = on_terminal("train", *options(scene, gated=True), "--name", "live")
+    terminal.read_until("training")
+    terminal.hang_up()
+    assert terminal.status() == 129
+    assert state_of(ctl, "live") == "running"
+
+
+def test_a_task_that_was_not_started_is_watched_with_a_hint_and_no_talk_of_a_run(
+    ctl: Run, on_terminal: Callable[..., Terminal], scene: Scene
+) -> None:
+    ctl("task", "create", *options(scene), "--name", "-idle")
+    terminal = on_terminal("task", "watch", "--", "-idle")
+    terminal.read_until("-idle  pending  start it: finetunectl task start -- -idle")
+    terminal.type(b"\x03")
+    assert terminal.end() == 130
+    assert terminal.has_cursor
+    assert "goes on" not in terminal.plain
+    assert "not started; start it: finetunectl task start -- -idle" in terminal.plain
+
+
+@pytest.mark.parametrize(
+    ("keys", "status", "is_left"),
+    [(b"\x03", 130, True), (b"\x04", 1, True), (b"n\r", 1, True), (b"y\r", 0, False)],
+    ids=["Ctrl-C", "Ctrl-D", "no", "yes"],
+)
+def test_deleting_asks_on_a_terminal(
+    ctl: Run,
+    on_terminal: Callable[..., Terminal],
+    scene: Scene,
+    keys: bytes,
+    status: int,
+    is_left: bool,
+) -> None:
+    ctl("task", "create", *options(scene), "--name", "dear")
+    terminal = on_terminal("task", "delete", "dear")
+    terminal.read_until("Delete task dear? [y/N]: ")
+    terminal.type(keys)
+    # A signal that comes just before Python waits for a key is seen at the next one only.
+    assert terminal.end(keys) == status
+    assert len(json.loads(ctl("task", "list", "--json").stdout)) == is_left
+
+
+def test_a_reader_that_has_enough_leaves_the_run_going(
+    ctl: Run, scene: Scene, begin: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = begin("train", *options(scene, gated=True, steps=2), "--name", "long", "--json")
+    assert process.stdout is not None
+    assert "snapshot" in process.stdout.readline()
+    process.stdout.close()
+    scene.let_pass(1)
+    assert process.wait(60) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert state_of(ctl, "long") == "running"
+
+
+def test_waiting_for_a_stop_that_is_no_longer_needed_is_no_failure(ctl: Run, scene: Scene) -> None:
+    ctl("train", *options(scene, steps=1), "--name", "done")
+    stopped = ctl("task", "stop", "done", "--wait")
+    assert (stopped.returncode, stopped.stdout) == (0, "done completed\n")
+    assert ctl("task", "stop", "done").returncode == 1
+    ctl("task", "create", *options(scene), "--name", "idle")
+    idle = ctl("task", "stop", "idle", "--wait")
+    assert idle.returncode == 1
+    assert "nothing to stop" in idle.stderr
+
+
+def test_hints_about_a_name_with_a_dash_work(ctl: Run, scene: Scene) -> None:
+    created = ctl("task", "create", *options(scene, exit=[1, 7]), "--name=-a b")
+    (hint,) = re.findall(r"start it: finetunectl (.*)", created.stderr)
+    failed = ctl(*shlex.split(hint))
+    assert failed.stdout.startswith("-a b ")
+    watched = ctl("task", "watch", "--", "-a b")
+    for verb in ("logs", "start"):
+        (hint,) = re.findall(rf"finetunectl (task {verb} .*)", watched.stderr)
+        assert ctl(*shlex.split(hint)).returncode == (0 if verb == "logs" else 1)
+    refused = ctl("task", "delete", "--", "-a b")
+    (hint,) = re.findall(r"say it: finetunectl (.*)", refused.stderr)
+    assert ctl(*shlex.split(hint)).returncode == 0

@@ -23,6 +23,7 @@ from finetuned import (
     NotFound,
     OutOfRange,
     Snapshot,
+    Task,
     TaskState,
     Unauthenticated,
 )
@@ -45,6 +46,31 @@ async def test_a_task_goes_by_any_of_its_names(client: Any, scene: Scene) -> Non
     await client.create_task("sft", display_name="looks-like-an-id")
     assert (await client.get_task("looks-like-an-id")).display_name == "looks-like-an-id"
     assert task.state == TaskState.TASK_STATE_PENDING
+
+
+@pytest.mark.parametrize("name", [None, 4, b"a", Task(name="tasks/a")])
+async def test_a_name_that_is_no_text_is_a_type_error(make: Make, name: Any) -> None:
+    nowhere = make("unix:/nowhere.sock")
+    for call in (nowhere.get_task, nowhere.start_task, nowhere.stop_task, nowhere.delete_task):
+        with pytest.raises(TypeError, match="a task's name is a str"):
+            await call(name)
+    with pytest.raises(TypeError, match="a task's name is a str"):
+        await listed(nowhere.watch(name))
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\udcff", "tasks/\udcff"])
+async def test_a_name_that_names_nothing_is_refused_here(make: Make, name: str) -> None:
+    nowhere = make("unix:/nowhere.sock")
+    for call in (nowhere.get_task, nowhere.start_task, nowhere.delete_task):
+        with pytest.raises(InvalidArgument) as caught:
+            await call(name)
+        assert [violation.field for violation in caught.value.violations] == ["name"]
+
+
+async def test_texts_that_are_no_utf8_are_all_named(make: Make) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await make("unix:/nowhere.sock").train("sft", display_name="\udcff", device="\udcff")
+    assert [v.field for v in caught.value.violations] == ["display_name", "device"]
 
 
 async def test_parameters_may_be_a_mapping(client: Any, scene: Scene) -> None:

@@ -56,29 +56,74 @@ def test_a_unix_socket_needs_no_token_and_names_a_plain_authority() -> None:
     assert ("grpc.default_authority", "localhost") in endpoint.options
 
 
-def test_the_token_comes_from_argument_variable_or_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_comes_from_argument_variable_or_file(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce(folders, "localhost:5")
     assert find("localhost:5").metadata == (("authorization", "Bearer of-the-file"),)
     monkeypatch.setenv("FINETUNED_TOKEN", "of-the-variable")
     assert find("localhost:5").token == "of-the-variable"
     assert find("localhost:5", "given").token == "given"
 
 
-def test_the_file_s_token_does_not_travel_to_other_machines() -> None:
-    assert find("example.org:5").token == ""
-    assert find("example.org:5", "given").token == "given"
+def announce(folders: Path, *addresses: str) -> None:
+    content = {"addresses": [f"unix:{folders}/finetuned.sock", *addresses], "pid": 1}
+    (folders / "daemon.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "address", ["example.org:5", "127.0.0.1:6", "localhost:5", "[::1]:5", "127.0.0.1:05"]
+)
+def test_the_file_s_token_is_shown_to_our_daemon_alone(folders: Path, address: str) -> None:
+    assert find(address).token == "", "no daemon has announced itself"
+    announce(folders, "127.0.0.1:5")
+    is_ours = address == "127.0.0.1:05"
+    assert find(address).token == ("of-the-file" if is_ours else "")
+    assert find(address, "given").token == "given"
+    assert find("127.0.0.1:5").token == "of-the-file"
+
+
+@pytest.mark.parametrize("token", ["é", "two\nlines", "a\udcff", "a\x00b"])
+def test_what_is_no_token_is_refused_with_its_source(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    with pytest.raises(InvalidArgument, match="the token is no token"):
+        find("localhost:5", token)
+    announce(folders, "localhost:5")
+    (folders / "token").write_text(token, errors="surrogateescape")
+    with pytest.raises(InvalidArgument, match="run/token is no token"):
+        find("localhost:5")
+    if "\0" not in token:
+        monkeypatch.setenv("FINETUNED_TOKEN", token)
+        with pytest.raises(InvalidArgument, match="FINETUNED_TOKEN is no token"):
+            find("localhost:5")
+    assert find("localhost:5", " given\n").token == "given"
+
+
+def test_many_long_violations_fit() -> None:
+    assert dict(find().options)["grpc.max_metadata_size"] == 64 * 1024
+    assert dict(find().options)["grpc.absolute_max_metadata_size"] == 256 * 1024
 
 
 def test_a_token_is_not_shown() -> None:
     assert "given" not in repr(find("localhost:5", "given"))
 
 
-@pytest.mark.parametrize("address", ["localhost", "localhost:", ":5", "http://localhost/x", "a:b"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("localhost", "localhost:", ":5", "http://localhost/x", "a:b"),
+        *("a:0", "a:65536", "a:\u0665", "\udcff:5", "é:5"),
+    ],
+)
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(InvalidArgument, match="is no address"):
         find(address)
 
 
-@pytest.mark.parametrize("name", ["plain.sock", "with blank.sock", "50%25.sock", "ü.sock"])
+@pytest.mark.parametrize(
+    "name", ["plain.sock", "with blank.sock", "50%25.sock", "ü.sock", "\udcff.sock"]
+)
 def test_whoever_listens_is_found_out_by_connecting(folders: Path, name: str) -> None:
     endpoint = find(f"unix:{folders}/{name}")
     assert not endpoint.is_listening()

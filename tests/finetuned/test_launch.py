@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 from daemon_process import eventually
 from finetuned import Client, DaemonNotStarted, DaemonUnavailable, start_daemon
 from finetuned._connect import find
+from finetuned._launch import _make_private
 from finetuned._paths import paths
 
 CTL = str(Path(sys.executable).parent / "finetunectl")
@@ -57,6 +59,44 @@ def test_the_daemon_has_a_session_of_its_own_and_no_terminal() -> None:
     assert int(stat[3]) == pid, "leader of its session"
     assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
     assert Path(f"/proc/{pid}/cwd").readlink() == Path("/")
+
+
+def test_folders_that_are_missing_are_made_for_this_user_alone(tmp_path: Path) -> None:
+    home, runtime = tmp_path / "home", tmp_path / "runtime"
+    for folder in (home, runtime):
+        folder.mkdir(mode=0o700)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FINETUNED", "XDG"))}
+    environment |= {"HOME": str(home), "XDG_RUNTIME_DIR": str(runtime)}
+
+    def ctl(verb: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [CTL, "daemon", verb],
+            env=environment,
+            umask=0o002,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    started = ctl("start")
+    assert ctl("stop").returncode == started.returncode == 0, started.stderr
+    state = home / ".local" / "state" / "finetuned"
+    modes = [folder.stat().st_mode & 0o777 for folder in (state, *list(state.parents)[:2])]
+    assert modes == [0o700] * 3
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o277])
+def test_what_is_there_keeps_its_mode(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "there").mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to("there")
+    before = os.umask(umask)
+    try:
+        _make_private(tmp_path / "link" / "a" / "b")
+        _make_private(tmp_path / "link" / "a" / "b")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / "there" / name).stat().st_mode & 0o777 for name in ("", "a", "a/b")]
+    assert modes == [0o755, 0o700, 0o700]
 
 
 def test_many_at_once_end_up_with_one_daemon() -> None:

@@ -171,7 +171,14 @@ def test_wrong_keys_of_a_file_are_all_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.yaml", "training: [1"), ("a.json", "{"), ("a.yaml", "- 1"), ("a.yaml", "a: b: c")],
+    [
+        ("a.yaml", "training: [1"),
+        ("a.json", "{"),
+        ("a.yaml", "- 1"),
+        ("a.yaml", "a: b: c"),
+        ("a.yaml", "[" * 100_000),
+        ("a.json", "[" * 100_000),
+    ],
 )
 def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, name: str, text: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
@@ -180,11 +187,14 @@ def test_a_file_that_is_none_is_refused_by_name(tmp_path: Path, name: str, text:
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="No such file"):
+    with pytest.raises(InvalidArgument, match=r"none\.yaml is not there: no such file"):
         read_file(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "training:\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "training:\n", "training: null", "parameters: ~", "name:\n", "device: null", "null"],
+)
 def test_an_empty_file_says_nothing(tmp_path: Path, text: str) -> None:
     plan = read(tmp_path, text)
     assert plan.violations == []
@@ -215,7 +225,86 @@ def test_the_output_folder_has_a_safe_default(
 def test_an_assignment_without_a_sign_is_refused() -> None:
     wish = Wish()
     wish.set_all(["training.batch_size"])
-    assert draft(wish).violations[0].description == "must be section.field=value"
+    (violation,) = draft(wish).violations
+    assert violation.field == "--set"
+    assert violation.description == "wants section.field=value, not 'training.batch_size'"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "field", "description"),
+    [
+        ("=4", "--set", "wants section.field=value, not '=4'"),
+        (".batch_size=4", "--set", "wants section.field=value, not '.batch_size=4'"),
+        ("training.=4", "training", "names no field; those of training are "),
+        ("training=4", "training", "names no field; those of training are "),
+        ("batch_size=4", "batch_size", "is no section; did you mean training.batch_size?"),
+    ],
+)
+def test_an_assignment_to_nothing_says_what_is_missing(
+    assignment: str, field: str, description: str
+) -> None:
+    wish = Wish()
+    wish.set_all([assignment, "training.batch_size=1"])
+    (violation,) = draft(wish).violations
+    assert violation.field == field
+    assert violation.description.startswith(description)
+
+
+# A billion texts, if somebody unfolds it.
+LAUGHS = "".join(f"x{i}: &a{i} {{a: *a{i - 1}, b: *a{i - 1}}}\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("training: 4", "training"),
+        ("training: [4]", "training"),
+        ("parameters: 4", "parameters"),
+        ("parameters: {training: 4}", "training"),
+        ("name: [4]", "name"),
+        ('training: {"": 4}', "training"),
+        (f"x0: &a0 {{a: a}}\n{LAUGHS}training: {{batch_size: *a29}}", "training.batch_size"),
+    ],
+)
+def test_what_holds_no_fields_is_a_wrong_field(tmp_path: Path, text: str, field: str) -> None:
+    (violation,) = (v for v in read(tmp_path, text).violations if v.field[0] != "x")
+    assert violation.field == field
+    assert len(violation.description) < 600
+
+
+ODD = "a\udcff"
+
+
+@pytest.mark.parametrize(
+    ("wish", "field"),
+    [
+        (Wish(display_name=ODD), "display_name"),
+        (Wish(device=ODD), "device"),
+        (Wish(sections={"data": {"train_file": ODD}}), "data.train_file"),
+        (Wish(sections={"lora": {"lora_target_modules": ODD}}), "lora.lora_target_modules"),
+    ],
+)
+def test_a_text_that_is_no_utf8_is_named(wish: Wish, field: str) -> None:
+    (violation,) = draft(wish).violations
+    assert (violation.field, violation.reason) == (field, "NOT_UTF8")
+    assert violation.description == "holds bytes that are no UTF-8"
+
+
+def test_a_current_folder_that_is_no_utf8_is_no_place_for_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ODD).mkdir()
+    monkeypatch.chdir(tmp_path / ODD)
+    wish = Wish()
+    wish.put("data.train_file", "a.jsonl")
+    assert [v.field for v in draft(wish).violations] == ["data.train_file", "data.output_dir"]
+
+
+def test_a_home_of_nobody_is_a_wrong_path() -> None:
+    wish = Wish()
+    wish.put("data.model_path", "~no-such-user-here/model")
+    (violation,) = draft(wish).violations
+    assert violation.field == "data.model_path"
 
 
 def test_the_training_type_is_one_of_two() -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from finetuned import (
     ConnectionLost,
@@ -21,6 +24,7 @@ from finetuned import (
     DeadlineExceeded,
     Event,
     EventsLost,
+    InvalidArgument,
     Snapshot,
     Task,
     Unimplemented,
@@ -63,6 +67,13 @@ class Peer(TaskServiceServicer):
         self.asked.append(request)
         self.over.wait()
         return GetTaskResponse()
+
+    def StartTask(self, request: Any, context: grpc.ServicerContext) -> Any:
+        violation = error_details_pb2.BadRequest.FieldViolation(field="a", description="b" * 500)
+        packed = any_pb2.Any()
+        packed.Pack(error_details_pb2.BadRequest(field_violations=[violation] * 80))
+        status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message="c", details=[packed])
+        context.abort_with_status(rpc_status.to_status(status))
 
     def WatchTask(self, request: Any, context: grpc.ServicerContext) -> Iterator[WatchTaskResponse]:
         self.asked.append(request)
@@ -186,3 +197,9 @@ async def test_a_watch_that_is_left_ends_its_stream(client: Any, peer: Peer) -> 
     assert isinstance(await anext(items), Snapshot)
     await items.aclose()
     assert await asyncio.to_thread(peer.over.wait, 10), "the server saw the end of the stream"
+
+
+async def test_many_long_violations_arrive(client: Any) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await client.start_task("tasks/a")
+    assert [len(violation.description) for violation in caught.value.violations] == [500] * 80

@@ -12,7 +12,7 @@ from finetuned._client import Client
 from finetuned._parameters import flatten
 from finetuned.cli.curve import curve
 from finetuned.cli.output import STATE_STYLES, console, print_pairs, reason_word, state_word
-from finetuned.cli.settings import Exit, say
+from finetuned.cli.settings import Exit, say, task_command, task_word
 from finetuned.cli.tracker import Tracker
 from finetuned.cli.view import choose
 from finetuned.v1.task_pb2 import Task, TaskState, TrainingType
@@ -35,19 +35,16 @@ def follow(client: Client, task: Task, *, as_json: bool, after_seq: int = 0) -> 
                 if tracker.apply(item) or as_json:
                     view.show(item, tracker)
     except KeyboardInterrupt:
-        name = task_word(tracker.task)
-        say("the run goes on")
-        say(f"  watch it again: finetunectl task watch {name}")
-        say(f"  stop it:        finetunectl task stop {name}")
+        if tracker.state == TaskState.TASK_STATE_PENDING:
+            say(f"not started; start it: {task_command('start', tracker.task)}")
+        elif not tracker.has_ended:
+            say("the run goes on")
+            say(f"  watch it again: {task_command('watch', tracker.task)}")
+            say(f"  stop it:        {task_command('stop', tracker.task)}")
         return Exit.INTERRUPTED
     if not as_json:
         _summarize(client.get_task(task.name), tracker)
     return _EXITS.get(tracker.state, Exit.FAILED)
-
-
-def task_word(task: Task) -> str:
-    """The task's name as one types it."""
-    return shlex.quote(task.display_name or task.name)
 
 
 def _summarize(task: Task, tracker: Tracker) -> None:
@@ -73,24 +70,26 @@ def _summarize(task: Task, tracker: Tracker) -> None:
 
 
 def _next_steps(task: Task, tracker: Tracker) -> Iterator[str]:
-    name = task_word(task)
     result = tracker.result
     if tracker.state == TaskState.TASK_STATE_COMPLETED:
         if result is not None and result.output_path:
             yield "use it, in Python:"
             yield from (f"  {line}" for line in _load_lines(task, result.output_path))
         return
+    like = shlex.quote(task_word(task))
+    # What begins with a dash could be taken for an option of its own.
+    like = f"--like={like}" if task_word(task).startswith("-") else f"--like {like}"
     if result is not None and result.HasField("fix"):
         assignments = " ".join(
             f"--set {path}={_set_value(value)}" for path, value in flatten(result.fix).items()
         )
-        yield f"what would likely mend it: finetunectl train --like {name} {assignments}"
+        yield f"what would likely mend it: finetunectl train {like} {assignments}"
     if tracker.checkpoint:
         resume = f"data.resume_from_checkpoint={shlex.quote(tracker.checkpoint)}"
-        yield f"go on from the checkpoint: finetunectl train --like {name} --set {resume}"
+        yield f"go on from the checkpoint: finetunectl train {like} --set {resume}"
     if tracker.state == TaskState.TASK_STATE_FAILED:
-        yield f"its log: finetunectl task logs {name}"
-    yield f"start it anew: finetunectl task start {name} --watch"
+        yield f"its log: {task_command('logs', task)}"
+    yield f"start it anew: {task_command('start', task, '--watch')}"
 
 
 def _load_lines(task: Task, path: str) -> tuple[str, str]:

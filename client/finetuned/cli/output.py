@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from finetuned.cli.settings import json_text
 from finetuned.v1.task_pb2 import EndReason, RunPhase, Task, TaskState, TrainingType
 
 STATE_STYLES = {
@@ -101,12 +101,12 @@ def progress_text(task: Task) -> str:
 def print_json(value: Message | Sequence[Message]) -> None:
     """One JSON object or array."""
     content = to_dict(value) if isinstance(value, Message) else [to_dict(item) for item in value]
-    print(json.dumps(content, ensure_ascii=False, indent=2))
+    print(json_text(content, sys.stdout.encoding, indent=2))
 
 
 def print_json_line(value: dict[str, Any]) -> None:
     """One line of a JSON stream, at once."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    print(json_text(value, sys.stdout.encoding), flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:

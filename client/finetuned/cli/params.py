@@ -17,7 +17,16 @@ from typing import Any, cast
 import yaml
 
 from finetuned._errors import FieldViolation, InvalidArgument
-from finetuned._parameters import UNKNOWN_FIELD, convert
+from finetuned._parameters import (
+    SECTIONS,
+    UNKNOWN_FIELD,
+    WRONG_TYPE,
+    convert,
+    is_utf8,
+    no_field,
+    no_section,
+    not_utf8,
+)
 from finetuned.v1.parameters_pb2 import Parameters
 
 OUTPUT_FOLDER = "finetuned-output"
@@ -34,6 +43,8 @@ _PATHS = (
     "lora.peft_config_path",
 )
 _TYPES = ("sft", "pretrain")
+# Words of YAML and JSON for "nothing"; BaseLoader leaves them texts.
+_NOTHING = (None, "", "null", "~")
 # Keys beside the sections, with the names that they go by.
 _KEYS = {
     "training_type": "training_type",
@@ -70,14 +81,14 @@ class Wish:
         """Apply `--set section.field=value` options."""
         for assignment in assignments:
             path, sign, value = assignment.partition("=")
-            if sign:
-                self.put(path.strip(), value.strip())
+            section, _, name = path.strip().partition(".")
+            if not sign or not section:
+                wants = f"wants section.field=value, not {assignment!r}"
+                self.violations.append(FieldViolation("--set", wants, "BAD_ASSIGNMENT"))
+            elif not name and section in SECTIONS:
+                self.violations.append(no_field(section))
             else:
-                self.violations.append(
-                    FieldViolation(
-                        f"--set {assignment}", "must be section.field=value", "BAD_ASSIGNMENT"
-                    )
-                )
+                self.put(path.strip(), value.strip())
 
 
 @dataclass(frozen=True)
@@ -105,31 +116,31 @@ def read_file(path: Path) -> Wish:
         content: Any = (
             json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 (makes no objects)
         )
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = f"can't be read: {' '.join(str(error).split())}"
-        raise InvalidArgument(
-            f"{path} {reason}", violations=[FieldViolation(str(path), reason, "BAD_FILE")]
-        ) from error
-    if content in (None, ""):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise _bad_file(path, _why_unread(error)) from error
+    if isinstance(content, str | None) and content in _NOTHING:
         content = {}
     if not isinstance(content, dict):
-        reason = "must hold sections such as `training:` with parameters below them"
-        raise InvalidArgument(
-            f"{path} {reason}", violations=[FieldViolation(str(path), reason, "BAD_FILE")]
-        )
+        raise _bad_file(path, "must hold sections such as `training:` with parameters below them")
     wish = Wish()
     document = cast("dict[str, Any]", content)
-    nested: Any = document.pop("parameters", None) or {}
+    nested: Any = document.pop("parameters", None)
     if not isinstance(nested, dict):
-        wish.violations.append(
-            FieldViolation("parameters", f"must hold sections, not {nested!r}", "WRONG_TYPE")
-        )
+        if nested not in _NOTHING:
+            wish.violations.append(no_section("parameters", nested))
         nested = {}
     for key, value in (cast("dict[str, Any]", nested) | document).items():
-        if key in _KEYS and not isinstance(value, dict):
+        if isinstance(value, dict) and key not in _KEYS:
+            wish.sections[key] = dict(cast("dict[str, Any]", value))
+        elif value in _NOTHING:
+            if key not in _KEYS:
+                wish.sections[key] = {}
+        elif key in _KEYS and not isinstance(value, dict | list):
             setattr(wish, _KEYS[key], str(value))
-        elif key in Parameters.DESCRIPTOR.fields_by_name or isinstance(value, dict):
-            wish.sections[key] = dict(cast("dict[str, Any]", value or {}))
+        elif key in _KEYS:
+            wish.violations.append(FieldViolation(key, "must be a text", WRONG_TYPE))
+        elif key in SECTIONS:
+            wish.violations.append(no_section(key, value))
         else:
             close = difflib.get_close_matches(key, [*_KEYS, "parameters"], n=1)
             if close:
@@ -138,6 +149,25 @@ def read_file(path: Path) -> Wish:
             else:
                 wish.sections[key] = value  # reported with the parameters, with a hint
     return wish
+
+
+def _bad_file(path: Path, why: str) -> InvalidArgument:
+    violation = FieldViolation(str(path), why, "BAD_FILE")
+    return InvalidArgument(f"{path} {why}", reason="BAD_FILE", violations=[violation])
+
+
+def _why_unread(error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return "is not there: no such file"
+        case OSError():
+            return f"can't be read: {error.strerror or error}"
+        case UnicodeDecodeError():
+            return f"can't be read: it is no UTF-8 text from byte {error.start} on"
+        case RecursionError():
+            return "can't be read: it is nested too deeply"
+        case _:
+            return f"can't be read: {' '.join(str(error).split())}"
 
 
 def draft(wish: Wish, *, output_default: bool = True) -> Draft:
@@ -164,21 +194,37 @@ def draft(wish: Wish, *, output_default: bool = True) -> Draft:
         section_name, name = path.split(".")
         section = getattr(parameters, section_name)
         if getattr(section, name):
-            setattr(section, name, str(Path(getattr(section, name)).expanduser().absolute()))
+            try:
+                whole = str(Path(getattr(section, name)).expanduser().absolute())
+            except RuntimeError as error:  # `~` or `~name` of somebody without a home
+                violations.append(FieldViolation(path, f"can't be found: {error}", "BAD_PATH"))
+                continue
+            if is_utf8(whole):
+                setattr(section, name, whole)
+            else:
+                violations.append(not_utf8(path))  # the current folder has such a name
+    texts = {"display_name": wish.display_name or "", "device": wish.device or ""}
+    for field_name, text in texts.items():
+        if not is_utf8(text):
+            violations.append(not_utf8(field_name))
+            texts[field_name] = ""
     if output_default and not parameters.data.output_dir:
-        folder = (wish.display_name or "").replace("/", "_").strip(". ") or (
+        folder = texts["display_name"].replace("/", "_").strip(". ") or (
             f"{training_type}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(2)}"
         )
-        parameters.data.output_dir = str(Path(OUTPUT_FOLDER, folder).absolute())
-    return Draft(training_type, parameters, wish.display_name or "", wish.device or "", violations)
+        whole = str(Path(OUTPUT_FOLDER, folder).absolute())
+        if is_utf8(whole):
+            parameters.data.output_dir = whole
+        else:
+            violations.append(not_utf8("data.output_dir"))
+    return Draft(training_type, parameters, texts["display_name"], texts["device"], violations)
 
 
 def _without_nulls(sections: Mapping[str, Any]) -> dict[str, Any]:
     """The sections with YAML's words for "nothing" as None; an empty text stays for texts alone."""
-    known = Parameters.DESCRIPTOR.fields_by_name
     result: dict[str, Any] = {}
     for section, content in sections.items():
-        if section not in known or not isinstance(content, dict):
+        if section not in SECTIONS or not isinstance(content, dict):
             result[section] = content
             continue
         result[section] = {

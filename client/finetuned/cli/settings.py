@@ -1,10 +1,19 @@
-"""What every command shares: exit statuses, global options, and how errors are shown."""
+"""What every command shares: exit statuses, global options, and how errors are shown.
+
+Beside the statuses of `Exit`, a command that is ended from outside has 128 and the signal's number,
+as in a shell: 141 where the reader of its output has enough (`| head`), 143 and 129 where SIGTERM
+or SIGHUP ends a live view. In all these the run goes on.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
+import shlex
 import sys
+from collections.abc import Generator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +34,7 @@ from finetuned._errors import (
 
 if TYPE_CHECKING:
     from finetuned._client import Client
+    from finetuned.v1.task_pb2 import Task
 
 
 class Exit(IntEnum):
@@ -42,6 +52,8 @@ class Exit(IntEnum):
     """The watched run was stopped."""
     INTERRUPTED = 130
     """Ctrl-C; a run that was watched goes on."""
+    PIPE_CLOSED = 141
+    """Nobody reads the output any more; a run that was watched goes on."""
 
 
 @dataclass
@@ -86,20 +98,71 @@ TaskArgument = Annotated[
 class Group(typer.core.TyperGroup):
     """The root command: shows errors, and turns them into exit statuses."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Reads the arguments; help and version are written here."""
+        with _quiet_pipes():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Runs the command."""
-        try:
-            return super().invoke(ctx)
-        except FinetunedError as error:
-            show_error(error, ctx.ensure_object(Settings).json)
-            raise typer.Exit(_status(error)) from error
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # a reader that has enough, such as `head`: typer ends quietly
-            say(f"error: {error}")
-            raise typer.Exit(Exit.FAILED) from error
-        except KeyboardInterrupt:
-            raise typer.Exit(Exit.INTERRUPTED) from None
+        with _quiet_pipes():
+            try:
+                return super().invoke(ctx)
+            except FinetunedError as error:
+                show_error(error, ctx.ensure_object(Settings).json)
+                raise typer.Exit(_status(error)) from error
+            except OSError as error:
+                if error.errno == errno.EPIPE:
+                    raise
+                say(f"error: {_os_trouble(error)}")
+                raise typer.Exit(Exit.FAILED) from error
+            except typer.Abort as error:
+                say("")  # the cursor stands behind the question
+                # Ctrl-D, an end of the input, is a no; typer makes the same of both.
+                is_interrupt = isinstance(error.__context__, KeyboardInterrupt)
+                raise typer.Exit(Exit.INTERRUPTED if is_interrupt else Exit.FAILED) from None
+            except KeyboardInterrupt:
+                raise typer.Exit(Exit.INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _quiet_pipes() -> Generator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise typer.Exit(Exit.PIPE_CLOSED) from None
+
+
+def _os_trouble(error: OSError) -> str:
+    try:
+        os.getcwd()  # noqa: PTH109 (Path.cwd() is the same call)
+    except FileNotFoundError:
+        return "the current folder is gone; change to another one, or give absolute paths"
+    except OSError:
+        pass
+    return str(error)
+
+
+def task_word(task: Task) -> str:
+    """The name that a user has for the task."""
+    return task.display_name or task.name
+
+
+def task_command(verb: str, task: Task | str, *options: str) -> str:
+    """A command on a task, to be copied into a shell."""
+    name = task if isinstance(task, str) else task_word(task)
+    words = [*options, "--", name] if name.startswith("-") else [name, *options]
+    return shlex.join(["finetunectl", "task", verb, *words])
+
+
+def json_text(value: Any, encoding: str | None, indent: int | None = None) -> str:
+    """JSON that is JSON in that encoding too."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode(encoding or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 def say(text: str) -> None:
@@ -117,7 +180,7 @@ def show_error(error: FinetunedError, as_json: bool) -> None:
             "message": error.message,
             "violations": violations,
         }
-        say(json.dumps({"error": content}, ensure_ascii=False))
+        say(json_text({"error": content}, sys.stderr.encoding))
         return
     if isinstance(error, InvalidArgument) and error.violations:
         say("error: " + ("a field is wrong" if len(error.violations) == 1 else "fields are wrong"))
@@ -148,8 +211,8 @@ def _hint(error: FinetunedError) -> str:
     if isinstance(error, FailedPrecondition) and error.violations:
         name = error.violations[0].subject
         if error.reason == "TASK_ACTIVE":
-            return f"stop it: finetunectl task stop {name} --wait"
-        return f"how it stands: finetunectl task show {name}"
+            return f"stop it: {task_command('stop', name, '--wait')}"
+        return f"how it stands: {task_command('show', name)}"
     return ""
 
 

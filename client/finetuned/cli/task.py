@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetuned.cli.settings import Exit, JsonOption, TaskArgument, say, settings
+from finetuned.cli.settings import Exit, JsonOption, TaskArgument, say, settings, task_command
 from finetuned.cli.train import (
     DataOption,
     DeviceOption,
@@ -143,13 +143,23 @@ def stop(
     as_json: JsonOption = False,
 ) -> None:
     """Stop a task's run, with a checkpoint unless --discard is given."""
-    from finetuned.cli.follow import task_word
+    from finetuned._errors import FailedPrecondition
+    from finetuned._watch import ENDED
     from finetuned.cli.output import print_json, state_word
 
     with settings(ctx).client() as client:
-        task = client.stop_task(name, discard=discard)
-        if wait:
-            task = client.wait(task.name)
+        try:
+            task = client.stop_task(name, discard=discard)
+        except FailedPrecondition as error:
+            if not wait or error.reason != "TASK_NOT_ACTIVE":
+                raise
+            task = client.get_task(name)
+            if task.state not in ENDED:
+                raise
+            # It has ended by itself meanwhile: what was waited for is so.
+        else:
+            if wait:
+                task = client.wait(task.name)
     if as_json:
         print_json(task)
         return
@@ -159,7 +169,7 @@ def stop(
             say(f"last checkpoint: {task.last_checkpoint}")
     else:
         print(f"{task.display_name} stopping")
-        say(f"watch it: finetunectl task watch {task_word(task)}")
+        say(f"watch it: {task_command('watch', task)}")
 
 
 @app.command()
@@ -174,7 +184,7 @@ def delete(
         task = client.get_task(name)
         if not yes and not sys.stdin.isatty():
             say("error: deleting needs a yes, and there is no terminal to ask on")
-            say(f"say it: finetunectl task delete {name} --yes")
+            say(f"say it: {task_command('delete', name, '--yes')}")
             raise typer.Exit(Exit.USAGE)
         if not yes and not typer.confirm(f"Delete task {task.display_name}?", err=True):
             raise typer.Exit(Exit.FAILED)
@@ -188,13 +198,13 @@ def delete(
 @app.command()
 def watch(ctx: typer.Context, name: TaskArgument, as_json: JsonOption = False) -> None:
     """Watch a task to the end of its run. Ctrl-C ends the watching, not the run."""
-    from finetuned.cli.follow import follow, task_word
+    from finetuned.cli.follow import follow
     from finetuned.v1.task_pb2 import TaskState
 
     with settings(ctx).client() as client:
         task = client.get_task(name)
         if task.state == TaskState.TASK_STATE_PENDING:
-            say(f"not started yet; start it: finetunectl task start {task_word(task)}")
+            say(f"not started yet; start it: {task_command('start', task)}")
         raise typer.Exit(follow(client, task, as_json=as_json))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetuned.cli.settings import JsonOption, Settings, say, settings
+from finetuned.cli.settings import JsonOption, Settings, say, settings, task_command
 
 if TYPE_CHECKING:
     from finetuned._client import Client
@@ -106,10 +106,14 @@ def wish_of(
     assignments: list[str] | None,
 ) -> Wish:
     """What the options ask for."""
+    from finetuned._errors import InvalidArgument
+    from finetuned._parameters import is_utf8, not_utf8
     from finetuned.cli.params import Wish, read_file
 
     wish = read_file(file) if file is not None else Wish()
     if like is not None:
+        if not is_utf8(like):
+            raise InvalidArgument("--like is no name", violations=[not_utf8("--like")])
         _fill_from(client.get_task(like), wish)
     wish.training_type = training_type or wish.training_type
     wish.display_name = name or wish.display_name
@@ -145,7 +149,6 @@ def create(client: Client, options: Settings, wish: Wish, *, start: bool) -> Tas
 
 def show_created(task: Task, as_json: bool) -> None:
     """The new task on stdout: its name alone, for scripts; what to type next on stderr."""
-    from finetuned.cli.follow import task_word
     from finetuned.cli.output import print_json
     from finetuned.v1.task_pb2 import TaskState
 
@@ -154,7 +157,7 @@ def show_created(task: Task, as_json: bool) -> None:
         return
     print(task.display_name)
     verb = "start" if task.state == TaskState.TASK_STATE_PENDING else "watch"
-    say(f"{verb} it: finetunectl task {verb} {task_word(task)}")
+    say(f"{verb} it: {task_command(verb, task)}")
 
 
 def _fill_from(task: Task, wish: Wish) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -26,9 +29,10 @@ from finetuned.cli.output import (
     state_word,
     to_dict,
 )
-from finetuned.cli.settings import say
+from finetuned.cli.settings import say, task_command
 from finetuned.cli.tracker import Tracker
 from finetuned.v1.event_pb2 import Event
+from finetuned.v1.task_pb2 import TaskState
 from finetuned.v1.task_service_pb2 import Snapshot
 
 _RECONNECTING = (
@@ -36,6 +40,10 @@ _RECONNECTING = (
     "if nothing brings the daemon back: finetunectl daemon start"
 )
 _RECONNECTED = "daemon connection is back"
+
+
+# Their own action would end the process at once, and leave the cursor hidden.
+_ENDING = [signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
 
 
 class View:
@@ -106,11 +114,16 @@ class LiveView(View):
         self._tracker: Tracker | None = None
         self._was_lost = False
         self._seen_at = time.monotonic()
+        self._handlers: dict[signal.Signals, Any] = {}
         self._live = Live(
             console=self._console, get_renderable=self._render, refresh_per_second=4, transient=True
         )
 
     def __enter__(self) -> Self:
+        for number in _ENDING:
+            # What is ignored, such as SIGHUP under nohup, stays so.
+            if signal.getsignal(number) == signal.SIG_DFL:
+                self._handlers[number] = signal.signal(number, _end)
         self._live.start()
         return self
 
@@ -121,7 +134,13 @@ class LiveView(View):
         traceback: TracebackType | None,
     ) -> None:
         """Leave the terminal in order."""
-        self._live.stop()
+        try:
+            # After a hang-up there is no terminal left to put in order.
+            with contextlib.suppress(OSError) if kind is SystemExit else contextlib.nullcontext():
+                self._live.stop()
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
 
     def show(self, item: WatchItem, tracker: Tracker) -> None:
         """Take the new figures; print what happens once."""
@@ -149,7 +168,9 @@ class LiveView(View):
         if tracker is None:
             return Text("connecting ...", style="dim")
         head = Text.assemble((tracker.task.display_name, "bold"), "  ", state_text(tracker.state))
-        if tracker.phase:
+        if tracker.state == TaskState.TASK_STATE_PENDING:
+            head.append(f"  start it: {task_command('start', tracker.task)}", style="dim")
+        elif tracker.phase:
             head.append(f"  {phase_word(tracker.phase)}")
         elif tracker.task.queue_position and not tracker.progress.step:
             head.append(f"  place {tracker.task.queue_position} in the queue")
@@ -258,6 +279,10 @@ def _event_style(event: Event) -> str:
             return "red" if event.log_line.level == "error" else "yellow"
         case _:
             return ""
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _is_interactive(out: Console) -> bool:
