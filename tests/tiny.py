@@ -129,6 +129,14 @@ def make_model(
     return folder
 
 
+def weights(folder: Path) -> dict[str, Any]:
+    """The arrays of an adapter, or of a model."""
+    from safetensors.numpy import load_file
+
+    name = "adapter_model.safetensors"
+    return load_file(folder / (name if (folder / name).exists() else "model.safetensors"))
+
+
 def make_tokenizer(folder: Path, template: str | None = "chatml") -> dict[str, int]:
     """Trains a byte-level BPE tokenizer, writes it with its template; returns its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
