@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -137,7 +136,3 @@ def test_parameters_have_the_same_names_and_types_in_protos_and_models(section: 
         )
     assert of_models == {field.name: TYPES[field.type] for field in message.fields}
     assert all(field.has_presence for field in message.fields), "absent can be told from a value"
-
-
-def test_buf_is_there_for_the_lint() -> None:
-    assert shutil.which("buf", path=str(Path(sys.executable).parent))

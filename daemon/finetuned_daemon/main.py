@@ -19,7 +19,6 @@ from finetuned_daemon.server import BadAddress, parse_loopback, serve
 from finetuned_daemon.store.database import DatabaseUnusable
 
 EXIT_UNUSABLE = 1
-EXIT_USAGE = 2
 EXIT_ALREADY_SERVING = 3
 
 _log = logging.getLogger("finetuned_daemon")

@@ -70,11 +70,6 @@ class TokenDataset(Dataset[Sample]):
         return len(self._tokens)
 
     @property
-    def num_learned(self) -> int:
-        """Those that are learned."""
-        return self._learned.count(1)
-
-    @property
     def largest_token(self) -> int:
         """The largest token id; -1 if there is none."""
         return max(self._tokens, default=-1)

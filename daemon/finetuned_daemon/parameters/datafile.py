@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 ROLES = ("system", "user", "assistant")
 
@@ -105,13 +105,6 @@ def read_documents(path: Path) -> Iterator[Document | BadLine]:
             yield BadLine(line, '"text" holds half a surrogate pair')
         else:
             yield Document(line, content)
-
-
-def read_samples(
-    path: Path, kind: Literal["chats", "documents"]
-) -> Iterator[Chat | Document | BadLine]:
-    """`read_chats` or `read_documents`."""
-    return read_chats(path) if kind == "chats" else read_documents(path)
 
 
 def _read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]] | BadLine]:

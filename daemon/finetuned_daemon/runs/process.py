@@ -18,17 +18,12 @@ _POLL_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Exit:
-    """How a process ended, as far as it can be known."""
+    """How a process ended. Of an adopted process, no child of ours, nobody can know."""
 
     code: int | None = None
     """Exit status; None: a signal ended it, or nobody can know."""
     signal: str = ""
     """Name such as `SIGKILL`; empty: none did, or nobody can know."""
-
-    @property
-    def is_known(self) -> bool:
-        """An adopted process is not our child: its status can't be had, and none is invented."""
-        return self.code is not None or bool(self.signal)
 
 
 class RunnerProcess:

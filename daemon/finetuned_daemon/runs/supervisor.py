@@ -68,11 +68,6 @@ class Supervisor:
         self._live: dict[int, _Live] = {}
         self._endings: set[asyncio.Task[None]] = set()
 
-    @property
-    def count(self) -> int:
-        """Runs with a live process."""
-        return len(self._live)
-
     def start(self, run: Run) -> None:
         """Starts the process of a queued run. A run that can't be started ends with the reason.
 
@@ -122,11 +117,6 @@ class Supervisor:
         if live.run is not before:
             self._tell(live)
         return live.run
-
-    def run_of(self, key: int) -> Run | None:
-        """The record of a live run as it stands."""
-        live = self._live.get(key)
-        return live.run if live else None
 
     async def close(self) -> None:
         """Stops watching. Runs go on; the next daemon takes them over."""
