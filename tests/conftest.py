@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,27 @@ from daemon_process import Daemon
 from finetuned.v1 import parameters_pb2
 
 REPOSITORY = Path(__file__).parent.parent
+
+PROJECTIONS = tuple(
+    f"model.layers.0.{module}_proj" for module in ("q", "k", "v", "o", "gate", "up", "down")
+)
+LLAMA_TENSORS = tuple(f"{m}.weight" for m in ("model.embed_tokens", "lm_head", *PROJECTIONS))
+
+
+def write_safetensors(path: Path, names: Iterable[str], width: int = 8) -> Path:
+    """Writes square matrices of zeros with these names as a safetensors file."""
+    size = width * width * 4
+    header = {
+        name: {
+            "dtype": "F32",
+            "shape": [width, width],
+            "data_offsets": [number * size, (number + 1) * size],
+        }
+        for number, name in enumerate(names)
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size * len(header)))
+    return path
 
 
 @pytest.fixture
@@ -72,9 +93,10 @@ class Scene:
     def __post_init__(self) -> None:
         self._held: list[int] = []
         self.model.mkdir(parents=True)
-        for name in ("config.json", "tokenizer.json"):
-            (self.model / name).write_text("{}")
-        (self.model / "model.safetensors").write_bytes(b"")
+        config = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+        (self.model / "config.json").write_text(json.dumps(config))
+        (self.model / "tokenizer.json").write_text("{}")
+        write_safetensors(self.model / "model.safetensors", LLAMA_TENSORS)
         (self.model / "chat_template.jinja").write_text("")
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         self.data.write_text(json.dumps({"messages": chat}) + "\n")

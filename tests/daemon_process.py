@@ -18,12 +18,15 @@ import psutil
 
 from finetuned._paths import paths
 from finetuned.v1 import (
+    dataset_service_pb2_grpc,
     event_pb2,
+    parameter_service_pb2_grpc,
     parameters_pb2,
     system_service_pb2_grpc,
     task_pb2,
     task_service_pb2,
     task_service_pb2_grpc,
+    template_service_pb2_grpc,
 )
 
 TESTS = Path(__file__).parent
@@ -140,6 +143,21 @@ class Daemon:
     def tasks(self) -> task_service_pb2_grpc.TaskServiceStub:
         """Bare stub, as a front-end has it that knows nothing but the protos."""
         return task_service_pb2_grpc.TaskServiceStub(self.channel)
+
+    @property
+    def templates(self) -> template_service_pb2_grpc.TemplateServiceStub:
+        """Bare stub."""
+        return template_service_pb2_grpc.TemplateServiceStub(self.channel)
+
+    @property
+    def parameters(self) -> parameter_service_pb2_grpc.ParameterServiceStub:
+        """Bare stub."""
+        return parameter_service_pb2_grpc.ParameterServiceStub(self.channel)
+
+    @property
+    def datasets(self) -> dataset_service_pb2_grpc.DatasetServiceStub:
+        """Bare stub."""
+        return dataset_service_pb2_grpc.DatasetServiceStub(self.channel)
 
     @property
     def system(self) -> system_service_pb2_grpc.SystemServiceStub:

@@ -8,12 +8,21 @@ Keeps the contract of the run folder, in milliseconds.
     save_steps  a checkpoint every so many steps
     gated       take a step only for each byte that a test writes into the FIFO `gate` of the model
     folder
+                (the training quota may end it earlier)
     hold        wait for ever in this phase, such as LOADING_MODEL; a stop ends it
     deaf        neither a wish nor SIGTERM stops it
     exit        leave at this step with this exit status and no result: [step, status]
     garble      write lines that are no events before the first step
     console     print this line
     child       start a process that never ends, its pid in the file `child` of the run folder
+
+`python -m fake_runner --probe`. What it answers stands in the file that `FAKE_PROBE` names, if it
+does: fields of a probe, and
+
+    hang        answer never; its pid in the file `pid` beside
+    exit        leave with this status
+    print       print this instead of the answer
+    count       add a byte to this file for each time that it is asked
 """
 
 from __future__ import annotations
@@ -29,6 +38,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finetuned_daemon.environment.probe import Probe
 from finetuned_daemon.runs.contract import (
     CONTROL,
     EVENTS,
@@ -50,7 +60,16 @@ from finetuned_daemon.runs.contract import (
     RunPhase,
     Spec,
     StopWish,
+    TrainingType,
     write_record,
+)
+from finetuned_daemon.runs.manifest import (
+    MANIFEST,
+    OUTPUTS,
+    STATE_FILES,
+    FileEntry,
+    Manifest,
+    WrittenFolder,
 )
 
 _LOOK_SECONDS = 0.01
@@ -73,6 +92,7 @@ class FakeRunner:
         self.step = 0
         self.steps = int(self.scenario.get("steps", 3))
         self.was_told = False
+        self.saved = 0
 
     def run(self) -> NoReturn:
         for number in (signal.SIGINT, signal.SIGHUP):
@@ -116,7 +136,10 @@ class FakeRunner:
             os._exit(status[1])
         every = int(self.scenario.get("save_steps", 0))
         if every and self.step % every == 0:
-            self.save("steps")
+            path = self.save("steps")
+            quota = self.quota()
+            if quota is not None and self.saved >= quota and self.step < self.steps:
+                self.end(EndReason.QUOTA_USED_UP, path)
 
     def wait_for_gate(self) -> None:
         while self.gate >= 0:
@@ -141,11 +164,46 @@ class FakeRunner:
         self.end(EndReason.STOPPED_BY_USER, self.save("stop") if saves else "")
 
     def save(self, cause: Any) -> str:
-        folder = Path(self.spec.output_dir) / f"checkpoint-{self.step}"
-        folder.mkdir(exist_ok=True)
-        (folder / "manifest.json").write_text("{}")  # a checkpoint to all who only look
+        """A checkpoint that is whole to all who only look: names, sizes and shapes are right."""
+        output = Path(self.spec.output_dir)
+        folder = output / f"checkpoint-{self.step}"
+        lora = self.spec.parameters.lora
+        files = dict.fromkeys(STATE_FILES, b"state")
+        if self.spec.training_type is TrainingType.SFT and lora.use_lora:
+            shape = {
+                "r": lora.lora_r,
+                "lora_alpha": lora.lora_alpha,
+                "target_modules": lora.lora_target_modules,
+                "base_model_name_or_path": self.spec.parameters.data.model_path,
+            }
+            files["adapter_config.json"] = json.dumps(shape).encode()
+            files["adapter_model.safetensors"] = (2).to_bytes(8, "little") + b"{}"
+        entries = {n: FileEntry(size=len(data), sha256="") for n, data in files.items()}
+        manifest = Manifest(step=self.step, files=entries)
+        files[MANIFEST] = manifest.model_dump_json().encode()
+        status = output.stat()
+        written = WrittenFolder(
+            name=folder.name,
+            files=sorted(files),
+            device=status.st_dev,
+            inode=status.st_ino,
+        )
+        with open(self.run_dir / OUTPUTS, "ab") as file:
+            file.write(written.model_dump_json().encode() + b"\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
         self.emit(CheckpointSaved(path=str(folder), step=self.step, cause=cause))
+        self.saved += 1
         return str(folder)
+
+    def quota(self) -> int | None:
+        """Checkpoints that it may save, as it was last told."""
+        with contextlib.suppress(FileNotFoundError):
+            control = Control.model_validate_json((self.run_dir / CONTROL).read_bytes())
+            if control.checkpoint_quota is not None:
+                return control.checkpoint_quota
+        return self.spec.checkpoint_quota
 
     def emit(self, payload: Payload) -> None:
         self.seq += 1
@@ -164,5 +222,39 @@ class FakeRunner:
         self.was_told = True
 
 
+def probe() -> None:
+    """Answers as `FAKE_PROBE` says; without it as a machine on which all is well."""
+    says: dict[str, Any] = {}
+    if "FAKE_PROBE" in os.environ:
+        script = Path(os.environ["FAKE_PROBE"])
+        says = json.loads(script.read_text())
+    if "count" in says:
+        with open(says["count"], "ab") as file:
+            file.write(b".")
+    if says.get("hang"):
+        script.with_name("pid").write_text(str(os.getpid()))
+        signal.alarm(60)  # whoever asked may have been killed
+        signal.pause()
+    if "exit" in says:
+        print("something broke", file=sys.stderr)
+        sys.exit(says["exit"])
+    if "print" in says:
+        print(says["print"])
+        return
+    answer: dict[str, Any] = {
+        "python": "3.11.7",
+        "versions": {"torch": "2.13.0"},
+        "failures": {},
+        "cuda_build": "",
+        "cuda_problem": "",
+        "devices": [],
+        "model_types": ["llama", "qwen2"],
+    }
+    print(Probe.model_validate(answer | says).model_dump_json())
+
+
 if __name__ == "__main__":
-    FakeRunner(Path(sys.argv[1])).run()
+    if sys.argv[1:] == ["--probe"]:
+        probe()
+    else:
+        FakeRunner(Path(sys.argv[1])).run()

@@ -78,7 +78,7 @@ def test_what_a_runner_reports_has_the_fields_of_its_message(name: str) -> None:
 
 def test_every_kind_of_event_is_one_of_the_oneof() -> None:
     oneof = [f.name for f in event_pb2.Event.DESCRIPTOR.oneofs_by_name["payload"].fields]
-    of_the_daemon = {"state_change", "result"}
+    of_the_daemon = {"state_change", "result", "task_edited"}
     assert set(contract.PAYLOADS) == set(oneof) - of_the_daemon
 
 

@@ -34,6 +34,8 @@ class Config:
     """A watch stream that is quiet for so long sends a heartbeat."""
     ingest_seconds: float = 0.1
     """How often the event file of a live run is looked at: what a live display is behind."""
+    training_quota: int | None = None
+    """Checkpoints that all runs together may save; None: any number."""
     runner_umask: int = 0o022
     """The umask of whoever started the daemon.
 

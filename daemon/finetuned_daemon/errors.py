@@ -8,6 +8,7 @@
     +-- StaleEtag           it has changed since the caller saw it
     +-- CursorOutOfRange    no such place in an event log
     +-- DiskFull            nothing was written
+    +-- TooMany             others are being answered; ask again later
     +-- Stopping            the daemon is about to end
 
 Nothing here knows gRPC: `services/edge.py` has the one table from these classes to status codes.
@@ -17,6 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+
+from finetuned_daemon.texts import Text
+
+
+class Severity(StrEnum):
+    """How grave a violation is; names as in `finetuned.v1.Severity`, gravest first."""
+
+    ERROR = "ERROR"
+    WARNING = "WARNING"
+    NOTICE = "NOTICE"
 
 
 @dataclass(frozen=True)
@@ -25,10 +37,15 @@ class Violation:
 
     field: str
     """Path, such as `training.batch_size`."""
-    message: str
+    message: Text
     """A sentence: what is wrong and what would be right."""
     reason: str
-    """Stable, in capitals, for front-ends to translate: `OUT_OF_RANGE`, `FILE_NOT_FOUND` ..."""
+    """Stable, in capitals: `OUT_OF_RANGE`, `FILE_NOT_FOUND` ..."""
+    severity: Severity = Severity.ERROR
+    suggested: bool | float | str | tuple[str, ...] | None = None
+    """A value that would be right, where one is known."""
+    suggested_field: str = ""
+    """The field that `suggested` is for, where it is another one."""
 
 
 class DaemonError(Exception):
@@ -44,7 +61,7 @@ class InvalidRequest(DaemonError):
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
-        super().__init__("; ".join(f"{v.field}: {v.message}" for v in self.violations))
+        super().__init__("; ".join(f"{v.field}: {v.message.en}" for v in self.violations))
 
 
 class NotFound(DaemonError):
@@ -100,6 +117,12 @@ class DiskFull(DaemonError):
 
     def __init__(self, where: str) -> None:
         super().__init__(f"no space left for {where}; nothing was changed")
+
+
+class TooMany(DaemonError):
+    """Others are being answered; ask again later."""
+
+    reason = "TOO_MANY"
 
 
 class Stopping(DaemonError):

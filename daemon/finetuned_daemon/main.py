@@ -92,6 +92,13 @@ def _parse(argv: Sequence[str] | None, umask: int) -> Config:
     command.add_argument(
         "--runner-module", default=default.runner_module, help="module that is the runner"
     )
+    command.add_argument(
+        "--training-quota",
+        type=_count,
+        metavar="N",
+        help="checkpoints that all runs together may ever save, those of deleted tasks included; "
+        "without it any number",
+    )
     for name, text in (
         ("save-deadline-seconds", "time that a stop has for its checkpoint before SIGTERM"),
         ("discard-deadline-seconds", "the same for a stop that saves nothing"),
@@ -119,8 +126,15 @@ def _parse(argv: Sequence[str] | None, umask: int) -> Config:
         discard_deadline_seconds=arguments.discard_deadline_seconds,
         kill_deadline_seconds=arguments.kill_deadline_seconds,
         heartbeat_seconds=arguments.heartbeat_seconds,
+        training_quota=arguments.training_quota,
         runner_umask=umask,
     )
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, not {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

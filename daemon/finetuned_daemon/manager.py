@@ -1,4 +1,4 @@
-"""What can be done with tasks: create, list, delete, start, stop. Knows no gRPC.
+"""What can be done with tasks: create, list, edit, delete, start, stop. Knows no gRPC.
 
 Writes through the store alone.
 """
@@ -6,16 +6,16 @@ Writes through the store alone.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from pathlib import Path
 
 from finetuned_daemon.config import Config
-from finetuned_daemon.devices import Device, choose_device, list_devices
+from finetuned_daemon.environment.environment import Environment
+from finetuned_daemon.environment.model import in_a_sentence
 from finetuned_daemon.errors import (
     AlreadyExists,
     DiskFull,
@@ -25,20 +25,31 @@ from finetuned_daemon.errors import (
     Violation,
     WrongState,
 )
+from finetuned_daemon.events import build
 from finetuned_daemon.events.log import EventLog
-from finetuned_daemon.parameters.check import check
 from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.planner import Planner
+from finetuned_daemon.requests import (
+    Given,
+    Repeats,
+    RequestId,
+    check_display_name,
+    check_id,
+    check_mask,
+    masked,
+    merged,
+)
 from finetuned_daemon.runs import scheduler
 from finetuned_daemon.runs.bundle import Bundle
 from finetuned_daemon.runs.contract import StopWish, TrainingType
 from finetuned_daemon.runs.keeper import Keeper
+from finetuned_daemon.runs.outputs import Deleted, delete_outputs
+from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.runs.supervisor import Supervisor
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.tasks import (
     ACTIVE,
-    LONGEST_DISPLAY_NAME,
-    TASK_ID,
     Run,
     Task,
     TaskState,
@@ -46,14 +57,17 @@ from finetuned_daemon.tasks import (
     new_task_id,
     now_us,
 )
+from finetuned_daemon.template_manager import TemplateManager
+from finetuned_daemon.templates import Template
+from finetuned_daemon.texts import Text
+from finetuned_daemon.validation.judge import Judge
 
 _log = logging.getLogger(__name__)
 
-_REQUEST_IDS_KEPT_US = 7 * 24 * 3600 * 1_000_000
-_LONGEST_REQUEST_ID = 64
 _DISK_FULL_RETRY_SECONDS = 5.0
+_MOST_RUNS = 1_000_000
 
-Serialize = Callable[[Task], bytes]
+_EDITABLE = ("display_name", "device", "template", "parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +75,28 @@ class NewTask:
     """A task as asked for."""
 
     training_type: TrainingType | None
-    parameters: Mapping[str, Mapping[str, Any]]
+    parameters: Given
     display_name: str = ""
     device: str = ""
+    template: str = ""
+    """Resource name of the template that absent parameters come from."""
     task_id: str = ""
 
 
-@dataclass(frozen=True)
-class RequestId:
-    """A repeat of the same request gets the first answer again."""
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """A change of a task as asked for."""
 
-    id: str
-    body: bytes
-    """What the request says, without its id."""
-    serialize: Serialize
-    """Makes the answer that is kept."""
+    parameters: Given
+    display_name: str = ""
+    device: str = ""
+    template: str = ""
+    paths: Sequence[str] = ()
+    """What to change; empty: what is given."""
 
-    @property
-    def digest(self) -> bytes:
-        """Tells a repeat from another request under the same id."""
-        return hashlib.sha256(self.body).digest()
+    def changes(self, field: str) -> bool:
+        """Whether the edit is about this field of the task."""
+        return field in self.paths if self.paths else bool(getattr(self, field))
 
 
 class Manager:
@@ -89,13 +105,31 @@ class Manager:
     The reading of data files does not.
     """
 
-    def __init__(self, config: Config, database: Database) -> None:
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        *,
+        records: Records,
+        repeats: Repeats,
+        templates: TemplateManager,
+        judge: Judge,
+        planner: Planner,
+        environment: Environment,
+        quota: Quota,
+    ) -> None:
         self._config = config
         self._database = database
-        self.records = Records(database)
+        self.records = records
         self.events = EventLog(database)
+        self._repeats = repeats
+        self._templates = templates
+        self._judge = judge
+        self._planner = planner
+        self._environment = environment
         self._keeper = Keeper(database, self.records, self.events)
-        self._supervisor = Supervisor(config, self._keeper, self._fill_devices)
+        self._supervisor = Supervisor(config, self._keeper, quota, self._fill_devices)
+        self._deleting: set[int] = set()
         self._stopping = False
 
     # --- life
@@ -142,10 +176,16 @@ class Manager:
             result.setdefault(run.device, []).append((run, self._keeper.task_of(run)))
         return result
 
-    # --- create, delete
+    # --- create, edit, delete
 
     async def create(
-        self, new: NewTask, *, start: bool, validate_only: bool, request: RequestId | None
+        self,
+        new: NewTask,
+        *,
+        start: bool,
+        validate_only: bool,
+        update_template: bool,
+        request: RequestId[Task] | None,
     ) -> Task | bytes:
         """Creates a task, and starts it if asked.
 
@@ -155,41 +195,129 @@ class Manager:
         Raises:
             InvalidRequest: With every wrong field; nothing was written.
             AlreadyExists: The id or the display name is taken.
+            NotFound: There is no such template.
+            WrongState: The template is a preset and was to be written, or the training environment
+                can't run.
         """
-        answered = self._answered(request)
+        answered = self._repeats.answered(request)
         if answered is not None:
             return answered
-        violations = _check_names(new)
-        if new.training_type is None:
-            violations.append(
-                Violation("training_type", "is required: SFT or PRETRAIN", "REQUIRED")
-            )
-        training_type = new.training_type or TrainingType.SFT
-        devices = await asyncio.to_thread(list_devices)
-        device, wrong = _device(new.device, devices)
-        violations += wrong
-        parameters, wrong = await asyncio.to_thread(
-            check, new.parameters, training_type, device, complete=start
-        )
-        violations += wrong
+        violations = check_id("task_id", new.task_id) + check_display_name(new.display_name)
+        template = self._templates.get(new.template) if new.template else None
+        to_write = self._templates.check_writable(new.template) if update_template else None
+        training_type = new.training_type or (template.training_type if template else None)
+        if training_type is None:
+            text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
+            violations.append(Violation("training_type", text, "REQUIRED"))
+        elif template:
+            violations += _check_type(template, training_type)
+        training_type = training_type or TrainingType.SFT
+        given = merged(template.parameters, new.parameters) if template else new.parameters
+        judgement = await self._judge.judge(given, training_type, new.device, complete=start)
+        violations += judgement.errors
+        parameters = judgement.parameters
         if violations or parameters is None:
             raise InvalidRequest(violations)
+        planned = 0
+        if start:
+            planned = await self._prepare_start(parameters, training_type, judgement.device.id)
         # From here on nothing is awaited: what is checked stays true until it is written.
-        answered = self._answered(request)
+        answered = self._repeats.answered(request)
         if answered is not None:
             return answered
         task = self._new_task(new, training_type, parameters)
         if validate_only:
             return task
+
+        def also(connection: sqlite3.Connection, task: Task) -> None:
+            if to_write is not None:
+                self._templates.write(connection, to_write.name, parameters)
+            self._repeats.keep(connection, request, task)
+
         if start:
-            return self._enqueue(task, device, request)
+            return self._enqueue(task, judgement.device.id, planned, also)
         with self._database.transaction(durable=True) as connection:
             task = self.records.insert_task(connection, task)
-            self._keep_answer(connection, request, task)
+            also(connection, task)
         return task
 
-    def delete(self, name: str, *, etag: str, allow_missing: bool) -> None:
+    async def update(
+        self,
+        name: str,
+        edit: Edit,
+        *,
+        etag: str,
+        update_template: bool,
+        validate_only: bool,
+    ) -> Task:
+        """Changes a task that is not active; earlier runs keep the parameters they ran with.
+
+        Raises:
+            NotFound: There is no such task or template.
+            StaleEtag: It has changed.
+            WrongState: It is queued or running, or its template can't be written.
+            InvalidRequest: With every wrong field; nothing was written.
+            AlreadyExists: The display name is taken.
+        """
+        task = self._idle(name, etag)
+        violations = check_mask(edit.paths, _EDITABLE)
+        display_name = task.display_name
+        if edit.changes("display_name"):
+            display_name = edit.display_name
+            violations += check_display_name(display_name)
+            if not display_name:
+                violations.append(
+                    Violation("display_name", Text("must not be empty", "不能为空"), "REQUIRED")
+                )
+        device = edit.device if edit.changes("device") else task.device
+        template = edit.template if edit.changes("template") else task.template
+        if edit.changes("template") and template:
+            violations += _check_type(self._templates.get(template), task.training_type)
+        to_write = self._templates.check_writable(template) if update_template else None
+        given = (
+            masked(task.parameters, edit.parameters, edit.paths)
+            if edit.paths
+            else merged(task.parameters, edit.parameters)
+        )
+        judgement = await self._judge.judge(
+            given, task.training_type, device, complete=False, task=task
+        )
+        violations += judgement.errors
+        parameters = judgement.parameters
+        if violations or parameters is None:
+            raise InvalidRequest(violations)
+        # It may have been started or changed while files were read.
+        now = self._idle(name, etag)
+        if now.revision != task.revision:
+            raise StaleEtag(task.name)
+        if display_name != task.display_name:
+            self._check_name_free(display_name)
+        task = replace(
+            now,
+            display_name=display_name,
+            device=device,
+            template=template,
+            parameters=parameters,
+        )
+        if validate_only:
+            return task
+        time = now_us()
+        task = replace(task, update_time=time, revision=task.revision + 1)
+        edited = build.task_edited(time, _differences(now, task))
+        with self._database.transaction(durable=True) as connection:
+            self.records.save_task(connection, task)
+            last_seq = self.events.append(connection, task.key, [edited])
+            task = replace(task, last_seq=last_seq)
+            if to_write is not None:
+                self._templates.write(connection, to_write.name, parameters)
+        return task
+
+    async def delete(
+        self, name: str, *, etag: str, allow_missing: bool, with_outputs: bool
+    ) -> Deleted:
         """Deletes a task with its runs, events and run folders.
+
+        With `with_outputs`, also what its runs recorded writing into their output folders.
 
         Raises:
             NotFound: There is none.
@@ -197,55 +325,82 @@ class Manager:
             WrongState: It is queued or running.
         """
         try:
-            task = self.get(name)
+            task = self._idle(name, etag)
         except NotFound:
             if allow_missing:
-                return
+                return Deleted()
             raise
-        _check_etag(task, etag)
-        if task.state in ACTIVE:
-            raise WrongState(
-                task.name,
-                "TASK_ACTIVE",
-                f"{task.name} is {task.state.lower()}; stop it first",
-            )
-        with self._database.transaction(durable=True) as connection:
-            self.records.delete_task(connection, task)
-            self._database.after_commit(lambda: self.events.wake(task.key))
-        # The rows are gone first: a crash in between leaves a folder that nobody names, never a
-        # task without its folder.
+        runs = [
+            (Path(run.run_dir), Path(run.output_dir))
+            for run in self.records.runs(task.key, limit=_MOST_RUNS)
+            if run.run_dir and run.output_dir
+        ]
+        self._deleting.add(task.key)
+        try:
+            # Outputs first: a crash in between leaves a task that can be deleted again.
+            deleted = await asyncio.to_thread(delete_outputs, runs, only_look=not with_outputs)
+            with self._database.transaction(durable=True) as connection:
+                self.records.delete_task(connection, task)
+                self._database.after_commit(lambda: self.events.wake(task.key))
+        finally:
+            self._deleting.discard(task.key)
+        # Then rows: a crash in between leaves a folder that nobody names, never a task without its
+        # folder.
         try:
             Bundle(self._config.runs_dir / task.task_id).remove()
         except OSError as error:
             _log.warning("the run folders of %s are left: %s", task.name, error)
+        return deleted
 
     # --- start, stop
 
-    async def start(self, name: str, *, etag: str, request: RequestId | None) -> Task | bytes:
+    async def start(self, name: str, *, etag: str, request: RequestId[Task] | None) -> Task | bytes:
         """Starts a new run; it waits in the queue while its device is busy.
 
         Raises:
             NotFound: There is no such task.
             StaleEtag: It has changed.
-            WrongState: It is queued or running already.
+            WrongState: It is queued or running already, or the training environment can't run.
             InvalidRequest: With every wrong or missing parameter.
         """
-        answered = self._answered(request)
+        answered = self._repeats.answered(request)
         if answered is not None:
             return answered
-        task = self._startable(name, etag)
-        devices = await asyncio.to_thread(list_devices)
-        device, violations = _device(task.device, devices)
-        _, wrong = await asyncio.to_thread(
-            check, task.parameters.model_dump(), task.training_type, device, complete=True
+        task = self._idle(name, etag)
+        judgement = await self._judge.judge(
+            task.parameters.model_dump(exclude_none=True),
+            task.training_type,
+            task.device,
+            complete=True,
+            task=task,
         )
-        violations += wrong
+        if judgement.errors:
+            raise InvalidRequest(judgement.errors)
+        device = judgement.device.id
+        planned = await self._prepare_start(task.parameters, task.training_type, device)
+        answered = self._repeats.answered(request)
+        if answered is not None:
+            return answered
+        now = self._idle(name, etag)
+        if now.revision != task.revision:
+            raise StaleEtag(task.name)
+        return self._enqueue(now, device, planned, lambda c, t: self._repeats.keep(c, request, t))
+
+    async def _prepare_start(
+        self, parameters: Parameters, training_type: TrainingType, device: str
+    ) -> int:
+        """Checks environment and quota; returns the checkpoints that the run is planned to save."""
+        wrong = await self._environment.before_start(parameters, device)
+        if wrong:
+            raise WrongState(
+                "environment",
+                "ENVIRONMENT_NOT_READY",
+                f"this machine can't train: {in_a_sentence(wrong)}",
+            )
+        planned, violations = await self._planner.check_quota(parameters, training_type)
         if violations:
             raise InvalidRequest(violations)
-        answered = self._answered(request)
-        if answered is not None:
-            return answered
-        return self._enqueue(self._startable(name, etag), device, request)
+        return planned
 
     def stop(self, name: str, *, discard: bool) -> Task:
         """Asks for the end of a run; a queued one ends at once.
@@ -271,11 +426,22 @@ class Manager:
 
     # --- parts
 
-    def _enqueue(self, task: Task, device: str, request: RequestId | None) -> Task:
+    def _enqueue(
+        self,
+        task: Task,
+        device: str,
+        planned_checkpoints: int,
+        also: Callable[[sqlite3.Connection, Task], None],
+    ) -> Task:
         """Queues a new run, and starts it where its device is free; the task as it was queued."""
-        task, _ = self._keeper.enqueue(
-            task, self._new_run(task, device), lambda c, t: self._keep_answer(c, request, t)
+        run = Run(
+            task_key=task.key,
+            number=task.run + 1,
+            device=device,
+            parameters=task.parameters,
+            planned_checkpoints=planned_checkpoints,
         )
+        task, _ = self._keeper.enqueue(task, run, also)
         self._fill_devices()
         return task
 
@@ -286,18 +452,22 @@ class Manager:
         try:
             for run in scheduler.may_start(self.records.active_runs()):
                 self._supervisor.start(run)
+            self._supervisor.share_quota()
         except DiskFull as error:
             # What is queued stays queued, and is tried again: there may be room by then.
             _log.error("%s; queued runs are tried again", error)
             asyncio.get_running_loop().call_later(_DISK_FULL_RETRY_SECONDS, self._fill_devices)
 
-    def _startable(self, name: str, etag: str) -> Task:
+    def _idle(self, name: str, etag: str) -> Task:
+        """The task of a name, where it may be changed, started or deleted."""
         task = self.get(name)
         _check_etag(task, etag)
         if task.state in ACTIVE:
             raise WrongState(
-                task.name, "TASK_ACTIVE", f"{task.name} is {task.state.lower()} already"
+                task.name, "TASK_ACTIVE", f"{task.name} is {task.state.lower()}; stop it first"
             )
+        if task.key in self._deleting:
+            raise WrongState(task.name, "TASK_BEING_DELETED", f"{task.name} is being deleted")
         return task
 
     def _new_task(self, new: NewTask, training_type: TrainingType, parameters: Parameters) -> Task:
@@ -306,13 +476,8 @@ class Manager:
             raise AlreadyExists(
                 "task", f"tasks/{task_id}", "TASK_ID_TAKEN", f"there is a task {task_id!r} already"
             )
-        if new.display_name and self.records.is_display_name_taken(new.display_name):
-            raise AlreadyExists(
-                "task",
-                new.display_name,
-                "DISPLAY_NAME_TAKEN",
-                f"there is a task named {new.display_name!r} already; choose another name",
-            )
+        if new.display_name:
+            self._check_name_free(new.display_name)
         now = now_us()
         return Task(
             task_id=task_id,
@@ -325,94 +490,44 @@ class Manager:
             training_type=training_type,
             parameters=parameters,
             device=new.device,
+            template=new.template,
             create_time=now,
             update_time=now,
         )
 
-    def _new_run(self, task: Task, device: str) -> Run:
-        return Run(
-            task_key=task.key, number=task.run + 1, device=device, parameters=task.parameters
-        )
-
-    def _answered(self, request: RequestId | None) -> bytes | None:
-        if request is None:
-            return None
-        kept = self.records.answer(request.id)
-        if kept is None:
-            return None
-        digest, answer = kept
-        if digest != request.digest:
-            raise InvalidRequest(
-                [
-                    Violation(
-                        "request_id",
-                        "was used for another request; choose a new one for each",
-                        "REQUEST_ID_REUSED",
-                    )
-                ]
+    def _check_name_free(self, display_name: str) -> None:
+        if self.records.is_display_name_taken(display_name):
+            raise AlreadyExists(
+                "task",
+                display_name,
+                "DISPLAY_NAME_TAKEN",
+                f"there is a task named {display_name!r} already; choose another name",
             )
-        return answer
-
-    def _keep_answer(
-        self, connection: sqlite3.Connection, request: RequestId | None, task: Task
-    ) -> None:
-        if request is None:
-            return
-        now = now_us()
-        self.records.save_answer(
-            connection,
-            request.id,
-            request.digest,
-            request.serialize(task),
-            now=now,
-            forget_before=now - _REQUEST_IDS_KEPT_US,
-        )
 
 
-def check_request_id(request_id: str) -> list[Violation]:
-    """A request id is printable and short."""
-    if len(request_id) > _LONGEST_REQUEST_ID or not request_id.isprintable():
-        return [
-            Violation(
-                "request_id",
-                f"must be at most {_LONGEST_REQUEST_ID} printable characters, such as a UUID",
-                "BAD_REQUEST_ID",
-            )
-        ]
-    return []
+def _differences(old: Task, new: Task) -> list[str]:
+    """Paths of what an edit has changed."""
+    fields = ("display_name", "device", "template")
+    changed = [field for field in fields if getattr(old, field) != getattr(new, field)]
+    before, after = old.parameters.model_dump(), new.parameters.model_dump()
+    return changed + [
+        f"{section}.{name}"
+        for section, values in after.items()
+        for name, value in values.items()
+        if before[section][name] != value
+    ]
 
 
-def _check_names(new: NewTask) -> list[Violation]:
-    found = list[Violation]()
-    if new.task_id and not TASK_ID.fullmatch(new.task_id):
-        found.append(
-            Violation(
-                "task_id",
-                "must be 4 to 63 of a-z, 0-9 and -, a letter first and no - last",
-                "BAD_TASK_ID",
-            )
-        )
-    name = new.display_name
-    if len(name) > LONGEST_DISPLAY_NAME or not name.isprintable() or name != name.strip():
-        found.append(
-            Violation(
-                "display_name",
-                f"must be at most {LONGEST_DISPLAY_NAME} printable characters, "
-                "no space at either end",
-                "BAD_DISPLAY_NAME",
-            )
-        )
-    return found
-
-
-def _device(asked: str, devices: Sequence[Device]) -> tuple[str, list[Violation]]:
-    if not asked:
-        return choose_device(list(devices)), []
-    ids = [device.id for device in devices]
-    if asked in ids:
-        return asked, []
-    message = f"must be one of {', '.join(ids)}, not {asked!r}"
-    return asked, [Violation("device", message, "DEVICE_NOT_FOUND")]
+def _check_type(template: Template, training_type: TrainingType) -> list[Violation]:
+    if template.training_type is training_type:
+        return []
+    text = Text(
+        f"{template.display_name} is a template for {template.training_type.lower()}, not for "
+        f"{training_type.lower()}",
+        f"{template.display_name} 是 {template.training_type.lower()} 的模板，不适用于 "
+        f"{training_type.lower()}",
+    )
+    return [Violation("template", text, "TEMPLATE_OF_OTHER_TYPE")]
 
 
 def _check_etag(task: Task, etag: str) -> None:

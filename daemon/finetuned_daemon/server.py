@@ -13,17 +13,26 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from finetuned.v1 import (
+    dataset_service_pb2,
+    dataset_service_pb2_grpc,
+    parameter_service_pb2,
+    parameter_service_pb2_grpc,
     system_service_pb2,
     system_service_pb2_grpc,
     task_service_pb2,
     task_service_pb2_grpc,
+    template_service_pb2,
+    template_service_pb2_grpc,
 )
+from finetuned_daemon.app import App
 from finetuned_daemon.config import Config
 from finetuned_daemon.instance import Instance
-from finetuned_daemon.manager import Manager
+from finetuned_daemon.services.dataset_service import DatasetService
 from finetuned_daemon.services.edge import Edge
+from finetuned_daemon.services.parameter_service import ParameterService
 from finetuned_daemon.services.system_service import SystemService
 from finetuned_daemon.services.task_service import TaskService
+from finetuned_daemon.services.template_service import TemplateService
 from finetuned_daemon.store.database import Database
 
 _log = logging.getLogger(__name__)
@@ -53,7 +62,7 @@ async def serve(config: Config, instance: Instance) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     database = Database(config.database)
-    manager = Manager(config, database)
+    app = App(config, database)
     edge = Edge(instance.token())
     server = aio.server(interceptors=[edge], options=OPTIONS)
     addresses = [f"unix:{config.paths.socket}"]
@@ -68,21 +77,21 @@ async def serve(config: Config, instance: Instance) -> None:
             raise BadAddress(f"can't serve on {config.listen}: {error}") from error
         addresses.append(f"{host}:{bound}")
     statuses = health.aio.HealthServicer()
-    await _add_services(server, config, manager, database, addresses, stopping, statuses)
+    await _add_services(server, config, app, database, addresses, stopping, statuses)
     # Runs first, clients second: nobody is told of a run that is only about to be adopted.
-    manager.recover()
+    app.manager.recover()
     await server.start()
     instance.announce(addresses)
     _log.info("serving on %s", ", ".join(addresses))
     await stopping.wait()
     _log.info("stopping; runs go on")
     await statuses.enter_graceful_shutdown()
-    manager.events.wake_all()
+    app.manager.events.wake_all()
     # gRPC itself would wait for idle connections too, and an idle client may never look at its
     # connection.
     await edge.wait_until_idle(_GRACE_SECONDS)
     await server.stop(_FLUSH_SECONDS)
-    await manager.close()
+    await app.close()
     database.close()
 
 
@@ -117,19 +126,31 @@ def parse_loopback(address: str) -> tuple[str, int]:
 async def _add_services(
     server: aio.Server,
     config: Config,
-    manager: Manager,
+    app: App,
     database: Database,
     addresses: list[str],
     stopping: asyncio.Event,
     statuses: health.aio.HealthServicer,
 ) -> None:
     task_service_pb2_grpc.add_TaskServiceServicer_to_server(
-        TaskService(manager, heartbeat_seconds=config.heartbeat_seconds, stopping=stopping), server
+        TaskService(app.manager, heartbeat_seconds=config.heartbeat_seconds, stopping=stopping),
+        server,
+    )
+    template_service_pb2_grpc.add_TemplateServiceServicer_to_server(
+        TemplateService(app.templates, app.manager), server
+    )
+    parameter_service_pb2_grpc.add_ParameterServiceServicer_to_server(
+        ParameterService(app.judge, app.planner, app.manager, app.templates), server
+    )
+    dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server(
+        DatasetService(app.worker, stopping=stopping), server
     )
     system_service_pb2_grpc.add_SystemServiceServicer_to_server(
         SystemService(
             config,
-            manager,
+            app.manager,
+            app.quota,
+            app.environment,
             addresses=addresses,
             schema_version=database.schema_version,
             shut_down=stopping.set,
@@ -138,7 +159,13 @@ async def _add_services(
     )
     names = [
         file.services_by_name[name].full_name
-        for file in (task_service_pb2.DESCRIPTOR, system_service_pb2.DESCRIPTOR)
+        for file in (
+            task_service_pb2.DESCRIPTOR,
+            template_service_pb2.DESCRIPTOR,
+            parameter_service_pb2.DESCRIPTOR,
+            dataset_service_pb2.DESCRIPTOR,
+            system_service_pb2.DESCRIPTOR,
+        )
         for name in file.services_by_name
     ]
     for name in ["", *names]:

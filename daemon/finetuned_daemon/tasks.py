@@ -19,6 +19,7 @@ from finetuned_daemon.runs.contract import (
     StopWish,
     TrainingType,
 )
+from finetuned_daemon.texts import Text
 
 
 class TaskState(StrEnum):
@@ -43,6 +44,25 @@ TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.COMPLETED: frozenset({TaskState.QUEUED}),
     TaskState.STOPPED: frozenset({TaskState.QUEUED}),
     TaskState.FAILED: frozenset({TaskState.QUEUED}),
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a state is shown to users."""
+
+    label: Text
+    color: str
+
+
+LABELS: dict[TaskState, Look] = {
+    TaskState.PENDING: Look(Text("Pending", "等待中"), "blue"),
+    # For a user it waits all the same.
+    TaskState.QUEUED: Look(Text("Pending", "等待中"), "blue"),
+    TaskState.RUNNING: Look(Text("Running", "运行中"), "green"),
+    TaskState.COMPLETED: Look(Text("Completed", "已完成"), "green"),
+    TaskState.STOPPED: Look(Text("Stopped", "已停止"), "orange"),
+    TaskState.FAILED: Look(Text("Failed", "失败"), "red"),
 }
 
 
@@ -96,6 +116,8 @@ class Task:
     parameters: Parameters
     device: str = ""
     """As asked for; empty: the first GPU, else the CPU."""
+    template: str = ""
+    """Resource name of the template that it was made from."""
     state: TaskState = TaskState.PENDING
     phase: RunPhase | None = None
     end_reason: EndReason | None = None
@@ -148,6 +170,10 @@ class Run:
     stop: StopWish | None = None
     """The wish to stop; durable before anything is sent to the runner."""
     stop_time: int = 0
+    planned_checkpoints: int = 0
+    """Checkpoints that it was expected to save when it was started; 0 where nobody asked."""
+    saved_checkpoints: int = 0
+    """Checkpoints that it has saved."""
     ingested_bytes: int = 0
     """How far its `events.jsonl` has been taken over."""
     ingested_seq: int = 0

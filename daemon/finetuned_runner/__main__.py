@@ -1,5 +1,8 @@
 """`python -m finetuned_runner RUN_DIR`: claims the run folder, trains, says how it ended.
 
+With `--inspect` instead of a folder it looks at training data: see `inspection`. With `--probe` it
+says what this Python can train with: see `probe`.
+
 Exit status: 0 where the run completed or stopped as wished, 1 where it failed, 2 for wrong usage,
 75 where the folder is another process's.
 """
@@ -43,12 +46,21 @@ _SUCCESSES = frozenset(
         EndReason.EARLY_STOPPED,
         EndReason.STEP_LIMIT,
         EndReason.STOPPED_BY_USER,
+        EndReason.QUOTA_USED_UP,
     }
 )
 
 
 def main(arguments: list[str]) -> int:
-    """Runs what a run folder asks for; returns the exit status."""
+    """Runs what a run folder asks for, inspects or probes; returns the exit status."""
+    if arguments == ["--probe"]:
+        from finetuned_runner import probe
+
+        return probe.main()
+    if arguments == ["--inspect"]:
+        from finetuned_runner import inspection
+
+        return inspection.main()
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
         print("usage: python -m finetuned_runner RUN_DIR", file=sys.stderr)
         return _EXIT_USAGE

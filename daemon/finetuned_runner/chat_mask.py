@@ -29,7 +29,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetuned_daemon.parameters.datafile import Message
+from finetuned_daemon.dataset.formats import Message
 
 Span = tuple[int, int]
 """First character, and the one after the last."""

@@ -14,14 +14,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from finetuned_daemon.runs.contract import sync_dir, write_record
-
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
-# What a run can't be continued exactly without; the weights' names vary.
-_REQUIRED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+from finetuned_daemon.runs.manifest import (
+    MANIFEST,
+    MANIFEST_VERSION,
+    STATE_FILES,
+    FileEntry,
+    Manifest,
+)
+from finetuned_runner.report import Report
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING_PREFIX = ".tmp-"
@@ -29,36 +32,6 @@ _STAGING_PREFIX = ".tmp-"
 
 class CheckpointBroken(Exception):
     """A folder is no whole checkpoint; the message says why."""
-
-
-class FileEntry(BaseModel):
-    """A file of a checkpoint."""
-
-    model_config = ConfigDict(frozen=True)
-
-    size: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What a checkpoint holds, and what of the run's state transformers doesn't keep."""
-
-    model_config = ConfigDict(frozen=True)
-
-    format_version: int = MANIFEST_VERSION
-    step: int
-    num_tokens: int = 0
-    """Tokens trained on so far, without padding."""
-    best_eval_loss: float | None = None
-    """For early stopping: the loss to improve on."""
-    evaluations_without_gain: int = 0
-    files: dict[str, FileEntry] = Field(default_factory=dict)
-    """By path relative to the checkpoint, with forward slashes."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of all files."""
-        return sum(entry.size for entry in self.files.values())
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -103,7 +76,7 @@ def verify_checkpoint(folder: Path) -> Manifest:
         raise CheckpointBroken(f"{folder / MANIFEST} can't be read: {error}") from error
     if manifest.format_version > MANIFEST_VERSION:
         raise CheckpointBroken(f"{folder} has format {manifest.format_version}, which is newer")
-    for name in _REQUIRED:
+    for name in STATE_FILES:
         if name not in manifest.files:
             raise CheckpointBroken(f"{folder} lacks {name}")
     for name, entry in manifest.files.items():
@@ -123,15 +96,20 @@ def staging_folder(target: Path) -> Path:
     return staging
 
 
-def commit(staging: Path, target: Path) -> None:
-    """Gives a sealed folder its name; what had it before goes."""
+def commit(staging: Path, target: Path, report: Report) -> None:
+    """Gives a sealed folder its name; what had it before goes.
+
+    What is in it is recorded first: the record may name what is not there, never lack what is.
+    """
+    files = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+    report.record_output(target, sorted(files))
     if target.exists():
         remove_folder(target)
     os.replace(staging, target)
     sync_dir(target.parent)
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+def write_folder(target: Path, write: Callable[[Path], None], report: Report) -> None:
     """Lets `write` fill a folder that becomes `target` when it is whole and durable."""
     staging = staging_folder(target)
     try:
@@ -139,7 +117,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         for path in staging.rglob("*"):
             sync_dir(path)  # of a file, too, it makes the content durable
         sync_dir(staging)
-        commit(staging, target)
+        commit(staging, target, report)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

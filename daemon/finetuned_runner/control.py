@@ -59,6 +59,8 @@ class Watch:
         """How the run is asked to stop. May turn from DISCARD to SAVE until it is acted upon."""
         self.cause: Cause = "stop"
         """Where the wish came from."""
+        self.checkpoint_quota: int | None = None
+        """Checkpoints that the run may save, where that has changed since its start."""
 
     def start(self) -> None:
         """Starts watching."""
@@ -110,9 +112,10 @@ class Watch:
         if seen == self._seen:
             return
         self._seen = seen
-        stop = Control.model_validate_json(self._path.read_bytes()).stop
-        if stop is not None:
-            self._take(stop, "stop")
+        control = Control.model_validate_json(self._path.read_bytes())
+        self.checkpoint_quota = control.checkpoint_quota
+        if control.stop is not None:
+            self._take(control.stop, "stop")
 
     def _take(self, stop: StopWish, cause: Cause) -> None:
         with self._lock:

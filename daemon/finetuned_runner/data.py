@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
-from finetuned_daemon.parameters.datafile import BadLine, Chat, Document, read_chats, read_documents
+from finetuned_daemon.dataset.formats import Chat, Document
+from finetuned_daemon.dataset.reader import BadLine, read_chats, read_documents
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import EndReason, RunPhase
-from finetuned_runner.chat_mask import ChatMask, MaskError, Span
+from finetuned_runner import encoding
 from finetuned_runner.failures import RunFailed
 from finetuned_runner.report import Report
 
 IGNORED = -100
 """Label of a token that is not learned; the one that torch's cross entropy passes over."""
 
-_BATCH = 256
 _BAD_LINES_SHOWN = 5
 _REPORT_SECONDS = 2.0
 _PAD_MULTIPLE = 8
@@ -104,7 +104,7 @@ class Collator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-# --- chats
+# --- tokens
 
 
 def encode_chats(
@@ -116,44 +116,24 @@ def encode_chats(
         RunFailed: DATASET_INVALID, where it is not certain which tokens are the assistant's or none
             is left to learn.
     """
-    try:
-        mask = ChatMask(tokenizer)
-    except MaskError as error:
-        raise RunFailed(
-            EndReason.DATASET_INVALID,
-            f"The chats can't be written out: {error}; set data.tokenizer_path to a tokenizer "
-            "with one.",
-        ) from error
     dataset = TokenDataset()
     cut = empty = done = 0
     said = time.monotonic()
-    for start in range(0, len(chats), _BATCH):
-        batch = chats[start : start + _BATCH]
-        rendered = []
-        for chat in batch:
-            try:
-                rendered.append(mask.render(chat.messages))
-            except MaskError as error:
-                raise RunFailed(EndReason.DATASET_INVALID, _uncertain(chat.line, error)) from error
-        encodings = _encode(tokenizer, [chat.text for chat in rendered])
-        for chat, text, encoding in zip(batch, rendered, encodings, strict=True):
-            learned = bytearray(len(encoding.ids))
-            try:
-                for span in text.spans:
-                    first, last = _tokens_of(span, encoding, text.text)
-                    learned[first:last] = b"\1" * (last - first)
-            except MaskError as error:
-                raise RunFailed(EndReason.DATASET_INVALID, _uncertain(chat.line, error)) from error
-            cut += len(learned) > max_length
-            # The first token is never predicted, so it can't be learned.
-            if any(learned[1:max_length]):
-                dataset.append(encoding.ids[:max_length], learned[:max_length])
-            else:
-                empty += 1
-        done += len(batch)
-        if time.monotonic() - said > _REPORT_SECONDS:
-            said = time.monotonic()
-            report.phase(RunPhase.PREPARING_DATA, f"{done} of {len(chats)} samples")
+    try:
+        mask = encoding.chat_mask(tokenizer)
+        for batch in encoding.encode_chats(chats, tokenizer, mask):
+            for chat in batch:
+                cut += len(chat.learned) > max_length
+                if chat.teaches(max_length):
+                    dataset.append(chat.encoding.ids[:max_length], chat.learned[:max_length])
+                else:
+                    empty += 1
+            done += len(batch)
+            if time.monotonic() - said > _REPORT_SECONDS:
+                said = time.monotonic()
+                report.phase(RunPhase.PREPARING_DATA, f"{done} of {len(chats)} samples")
+    except encoding.TokenizerUnusable as error:
+        raise RunFailed(EndReason.DATASET_INVALID, f"{error}.") from error
     if not len(dataset):
         raise RunFailed(
             EndReason.DATASET_INVALID,
@@ -176,59 +156,6 @@ def encode_chats(
     return dataset
 
 
-def _uncertain(line: int, error: MaskError) -> str:
-    return (
-        f"line {line}: it is not certain which tokens are the assistant's ({error}); "
-        "set data.tokenizer_path to a tokenizer whose chat template marks them with "
-        "{% generation %} blocks."
-    )
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Any]:
-    """`tokenizers.Encoding` of each text; templates write the special tokens themselves."""
-    backend: Any = tokenizer.backend_tokenizer
-    encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
-    return encodings
-
-
-def _tokens_of(span: Span, encoding: Any, text: str) -> tuple[int, int]:
-    """The tokens that lie in a span of characters: first, and the one after the last.
-
-    Raises:
-        MaskError: A token holds text of the span and text before it.
-    """
-    start, end = span
-    first = None
-    while start < end and (first := encoding.char_to_token(start)) is None:
-        start += 1  # blanks that belong to no token
-    if first is None:
-        return 0, 0
-    token_start, token_end = encoding.token_to_chars(first)
-    if token_start < span[0]:
-        if text[token_start:token_end].strip():
-            raise MaskError("a token holds the end of the prompt and the beginning of the answer")
-        first += (
-            1  # line feeds of the template and of the content in one token: nothing to learn in it
-        )
-    last = None
-    while end > start and (last := encoding.char_to_token(end - 1)) is None:
-        end -= 1
-    if last is None:
-        return 0, 0
-    while last + 1 < len(encoding.ids) and encoding.token_to_chars(
-        last + 1
-    ) == encoding.token_to_chars(last):
-        last += 1  # one character in several tokens
-    if encoding.token_to_chars(last)[1] > span[1]:
-        if text[span[1] : encoding.token_to_chars(last)[1]].strip():
-            raise MaskError("a token holds the end of the answer and text that follows it")
-        last -= 1
-    return first, max(first, last + 1)
-
-
-# --- documents
-
-
 def encode_documents(
     documents: list[Document], tokenizer: PreTrainedTokenizerBase, max_length: int, report: Report
 ) -> TokenDataset:
@@ -240,30 +167,27 @@ def encode_documents(
         RunFailed: MODEL_UNLOADABLE without an end-of-text token; DATASET_INVALID if there is no
             text.
     """
-    end_of_text = tokenizer.eos_token_id
-    if not isinstance(end_of_text, int):
-        raise RunFailed(
-            EndReason.MODEL_UNLOADABLE,
-            "The tokenizer has no end-of-text token to part documents with; set "
-            "data.tokenizer_path to one that has.",
-        )
+    try:
+        end = encoding.end_of_text(tokenizer)
+    except encoding.TokenizerUnusable as error:
+        raise RunFailed(EndReason.MODEL_UNLOADABLE, f"{error}.") from error
     dataset = TokenDataset()
     tokens: list[int] = []
+    done = 0
     said = time.monotonic()
-    for start in range(0, len(documents), _BATCH):
-        texts = [document.text for document in documents[start : start + _BATCH]]
-        for encoding in _encode(tokenizer, texts):
-            tokens += encoding.ids
-            tokens.append(end_of_text)
+    for batch in encoding.encode_documents(documents, tokenizer):
+        for piece in batch:
+            tokens += piece.encoding.ids
+            if piece.ends:
+                tokens.append(end)
+                done += 1
         whole = len(tokens) - len(tokens) % max_length
         for begin in range(0, whole, max_length):
             dataset.append(tokens[begin : begin + max_length], b"\1" * max_length)
         del tokens[:whole]
         if time.monotonic() - said > _REPORT_SECONDS:
             said = time.monotonic()
-            report.phase(
-                RunPhase.PREPARING_DATA, f"{start + len(texts)} of {len(documents)} documents"
-            )
+            report.phase(RunPhase.PREPARING_DATA, f"{done} of {len(documents)} documents")
     if len(tokens) > 1:  # a single token predicts nothing
         dataset.append(tokens, b"\1" * len(tokens))
     if not len(dataset):

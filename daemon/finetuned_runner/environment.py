@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 
+from finetuned_daemon.parameters.needs import needs_bitsandbytes
 from finetuned_daemon.runs.contract import Spec
 
-_FIXED = {
+FIXED = {
     # A run never asks the hub: paths are local, and a task must behave the same without a network.
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -23,7 +24,7 @@ _FIXED = {
 
 def prepare(spec: Spec) -> None:
     """Sets the environment of this process and its children."""
-    os.environ.update(_FIXED)
+    os.environ.update(FIXED)
     # OpenMP's default is to spin at barriers: one other busy process then makes training 12 times
     # slower, passive 2 times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,15 +35,13 @@ def prepare(spec: Spec) -> None:
     # None makes a package count as not installed. datasets is of no use here and costs 0.6 s;
     # bitsandbytes costs 2 s, and transformers and peft import it wherever it is installed.
     sys.modules["datasets"] = None  # type: ignore[assignment]
-    if not needs_bitsandbytes(spec):
+    if not needs_bitsandbytes(spec.parameters):
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 
-def needs_bitsandbytes(spec: Spec) -> bool:
-    """Whether the run asks for 4-bit weights or an 8-bit optimizer."""
-    optimization = spec.parameters.optimization
-    return (
-        optimization.use_qlora
-        or optimization.use_8bit_optimizer
-        or spec.parameters.training.optimizer.endswith("8bit")
-    )
+def prepare_without_torch() -> None:
+    """Sets the environment of a process that only tokenizes: it starts in half the time."""
+    os.environ.update(FIXED)
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
+    for package in ("torch", "datasets", "bitsandbytes"):
+        sys.modules[package] = None  # type: ignore[assignment]

@@ -10,9 +10,16 @@ from finetuned_runner.trainer import RunTrainer
 
 
 def stopped(trainer: RunTrainer, watch: Watch) -> Result:
-    """The result of a run that a wish ended."""
+    """The result of a run that a wish, or the quota, ended."""
     step = trainer.state.global_step
     saved = trainer.saved_here()
+    if watch.wish is None:
+        return Result(
+            end_reason=EndReason.QUOTA_USED_UP,
+            message=f"The training quota is used up at step {step}; once there is more of it, "
+            f"resume from {saved}.",
+            step=step,
+        )
     if step == 0:
         message = "Stopped before the first step was done; there was nothing to save."
     elif saved is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from peft import (
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +30,7 @@ from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import EndReason
 from finetuned_runner.arguments import Precision, lora_config, need_bitsandbytes
 from finetuned_runner.checkpoint import write_folder
+from finetuned_runner.encoding import TokenizerUnusable, open_tokenizer
 from finetuned_runner.failures import RunFailed
 from finetuned_runner.report import Report
 
@@ -54,19 +55,9 @@ def load_tokenizer(parameters: Parameters) -> PreTrainedTokenizerBase:
     if not path:
         raise RunFailed(EndReason.MODEL_UNLOADABLE, "data.model_path is not set.")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise RunFailed(
-            EndReason.MODEL_UNLOADABLE, f"The tokenizer in {path} can't be loaded: {_short(error)}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise RunFailed(
-            EndReason.MODEL_UNLOADABLE,
-            f"The tokenizer in {path} has no tokenizer.json; convert it to a fast tokenizer.",
-        )
-    return tokenizer
+        return open_tokenizer(path)
+    except TokenizerUnusable as error:
+        raise RunFailed(EndReason.MODEL_UNLOADABLE, f"{error}.") from error
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -80,7 +71,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def load_model(
     parameters: Parameters, device: str, precision: Precision, report: Report
 ) -> PreTrainedModel:
-    """The base model, from safetensors alone; no code of its folder runs.
+    """The base model, from safetensors, else `.bin` files; no code of its folder runs.
 
     In float32, which mixed precision wants of the weights it trains. Frozen weights on a GPU are
     loaded in the format that is computed with; with QLoRA in 4 bits.
@@ -89,6 +80,13 @@ def load_model(
         RunFailed: MODEL_UNLOADABLE.
     """
     path = _base_path(parameters, report)
+    if not _has_safetensors(path):
+        report.notice(
+            "data.model_path",
+            "MODEL_WITHOUT_SAFETENSORS",
+            "The model's weights are in the old .bin format; they are loaded as numbers alone, "
+            "without running code in them. What the run saves is in safetensors.",
+        )
     options: dict[str, Any] = {"dtype": torch.float32}
     if parameters.lora.use_lora and device != "cpu":
         options["dtype"] = precision.compute_dtype
@@ -117,13 +115,20 @@ def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
             path,
             local_files_only=True,
             trust_remote_code=False,
-            use_safetensors=True,
+            # False: torch.load with weights_only, which refuses everything but tensors.
+            use_safetensors=_has_safetensors(path),
             output_loading_info=True,
             # transformers attaches an adapter it finds beside the model unasked; in a folder that
             # isn't there it finds none.
             adapter_kwargs={"subfolder": "none"},
             **options,
         )
+    except pickle.UnpicklingError as error:  # torch's own words say how to run the code after all
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE,
+            f"The model in {path} can't be loaded: its .bin file is damaged or holds more than "
+            "numbers, which could run code; get it as safetensors.",
+        ) from error
     except Exception as error:
         raise RunFailed(
             EndReason.MODEL_UNLOADABLE, f"The model in {path} can't be loaded: {_short(error)}"
@@ -139,6 +144,14 @@ def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
         )
     _mend_generation_config(model)
     return model
+
+
+def _has_safetensors(path: str) -> bool:
+    """Whether there are safetensors, or nothing that could be loaded in their place."""
+    folder = Path(path)
+    return not any(
+        (folder / f"pytorch_model.bin{end}").is_file() for end in ("", ".index.json")
+    ) or any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
 
 
 def _mend_generation_config(model: PreTrainedModel) -> None:
@@ -342,7 +355,12 @@ def _unfit(checkpoint: Path, why: str) -> RunFailed:
 
 
 def save_model(
-    model: Model, tokenizer: PreTrainedTokenizerBase, target: Path, *, use_cache: bool
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    report: Report,
+    *,
+    use_cache: bool,
 ) -> None:
     """Writes model, or adapter, and tokenizer to a folder that is whole or not there.
 
@@ -350,6 +368,7 @@ def save_model(
         model: A PeftModel is saved as its adapter.
         tokenizer: Goes with it.
         target: The folder; replaced if it exists.
+        report: Records what is written.
         use_cache: `config.use_cache` of the model as it was loaded; training turns it off,
             generation wants it.
     """
@@ -362,7 +381,7 @@ def save_model(
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
 
-    write_folder(target, write)
+    write_folder(target, write, report)
 
 
 def merged(model: PeftModel, parameters: Parameters, adapter: Path) -> PreTrainedModel:

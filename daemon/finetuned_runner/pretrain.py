@@ -74,7 +74,7 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
     watch.begin_finishing()
     final = output_dir / "final"
     report.phase(RunPhase.SAVING, final.name)
-    save_model(model, tokenizer, final, use_cache=use_cache)
+    save_model(model, tokenizer, final, report, use_cache=use_cache)
     return completed(trainer, final)
 
 

@@ -24,6 +24,7 @@ from finetuned_daemon.runs.contract import (
     sync_dir,
     write_record,
 )
+from finetuned_daemon.runs.manifest import OUTPUTS, WrittenFolder
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -127,6 +128,24 @@ class Report:
     def sync(self) -> None:
         """Makes every event so far durable."""
         os.fsync(self._file)
+
+    def record_output(self, folder: Path, files: list[str]) -> None:
+        """Records, durably, a folder that is about to appear in the output folder.
+
+        Deleting a task removes what is recorded here, and nothing else.
+
+        Raises:
+            OSError: It can't be written; then the folder must not appear.
+        """
+        parent = folder.parent.stat()
+        record = WrittenFolder(
+            name=folder.name, files=files, device=parent.st_dev, inode=parent.st_ino
+        )
+        line = record.model_dump_json().encode() + b"\n"
+        with open(self._run_dir / OUTPUTS, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self, result: Result) -> None:
         """Writes `result.json`, the last thing of a run, when all events are durable.

@@ -80,7 +80,7 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
     watch.begin_finishing()
     final = output_dir / "final"
     report.phase(RunPhase.SAVING, final.name)
-    save_model(model, tokenizer, final, use_cache=use_cache)
+    save_model(model, tokenizer, final, report, use_cache=use_cache)
     result = completed(trainer, final)
     if lora.merge_lora and isinstance(model, PeftModel):
         if watch.wish is not None:
@@ -91,7 +91,6 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
                 }
             )
         report.phase(RunPhase.MERGING)
-        save_model(
-            merged(model, parameters, final), tokenizer, output_dir / "merged", use_cache=use_cache
-        )
+        whole = merged(model, parameters, final)
+        save_model(whole, tokenizer, output_dir / "merged", report, use_cache=use_cache)
     return result

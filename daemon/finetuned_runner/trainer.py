@@ -39,9 +39,9 @@ from finetuned_daemon.runs.contract import (
     Spec,
     StopWish,
 )
+from finetuned_daemon.runs.manifest import Manifest
 from finetuned_runner import checkpoint
 from finetuned_runner.arguments import Precision, training_arguments
-from finetuned_runner.checkpoint import Manifest
 from finetuned_runner.control import Watch
 from finetuned_runner.data import Collator, Samples
 from finetuned_runner.failures import RunFailed
@@ -98,8 +98,17 @@ class _FixedOrder(Sampler[int]):
 class RunTrainer(Trainer):
     """A Trainer that reports to `report` and looks at `watch` after every micro-step."""
 
-    def __init__(self, parameters: Parameters, report: Report, watch: Watch, **trainer: Any):
+    def __init__(
+        self,
+        parameters: Parameters,
+        report: Report,
+        watch: Watch,
+        checkpoint_quota: int | None,
+        **trainer: Any,
+    ):
         super().__init__(**trainer)
+        self._checkpoint_quota = checkpoint_quota
+        self._num_saved = 0
         self._parameters = parameters
         self._report = report
         self._watch = watch
@@ -117,6 +126,8 @@ class RunTrainer(Trainer):
         self._best_loss: float | None = None
         self._without_gain = 0
         self.ends_early = False
+        self.is_out_of_quota = False
+        """The checkpoint just saved was the last that the training quota allowed."""
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(self))
 
@@ -158,8 +169,12 @@ class RunTrainer(Trainer):
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a wish ended the training before its end."""
-        return self._watch.wish is not None and not self.is_done and not self.ends_early
+        """Whether a wish, or the quota, ended the training before its end."""
+        return (
+            (self._watch.wish is not None or self.is_out_of_quota)
+            and not self.is_done
+            and not self.ends_early
+        )
 
     @property
     def is_done(self) -> bool:
@@ -324,7 +339,7 @@ class RunTrainer(Trainer):
                         evaluations_without_gain=self._without_gain,
                     ),
                 )
-                checkpoint.commit(folder, target)
+                checkpoint.commit(folder, target, self._report)
             finally:
                 shutil.rmtree(self._staging, ignore_errors=True)
                 self._staging = None
@@ -335,6 +350,7 @@ class RunTrainer(Trainer):
             )
             self._remove_oldest()
             self._report.sync()
+        self._num_saved += 1
         self._last_save = time.monotonic()
         if not self.is_done:
             self._report.phase(RunPhase.TRAINING)
@@ -356,6 +372,14 @@ class RunTrainer(Trainer):
         self._save_checkpoint(self.model, None)
 
     # --- for the flow below
+
+    def uses_up_quota(self) -> bool:
+        """Whether the run has to end with the checkpoint it has just saved."""
+        quota = self._watch.checkpoint_quota
+        if quota is None:
+            quota = self._checkpoint_quota
+        self.is_out_of_quota = quota is not None and self._num_saved >= quota and not self.is_done
+        return self.is_out_of_quota
 
     @property
     def wishes_stop(self) -> bool:
@@ -426,6 +450,7 @@ def make_trainer(
         parameters,
         report,
         watch,
+        spec.checkpoint_quota,
         model=model,
         args=training_arguments(
             parameters,
@@ -472,6 +497,12 @@ class _Flow(TrainerCallback):
             control.should_save = False  # saved when the loop is left, if it is to be saved
             # An evaluation that is due begins and is broken off: it draws a random number, without
             # which a resumed run would go other ways than one that was never stopped.
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._trainer.uses_up_quota():
+            control.should_training_stop = control.should_log = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

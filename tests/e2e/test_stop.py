@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,13 +185,18 @@ def test_lines_that_are_no_events_are_reported_and_the_rest_is_kept(
 
 
 def test_a_runner_that_can_not_be_started_is_a_failed_run(tmp_path: Path, scene: Scene) -> None:
-    daemon = Daemon(tmp_path / "other", "--runner-python", "/absent/python")
-    daemon.log.parent.mkdir(mode=0o700)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    daemon = Daemon(tmp_path, "--runner-python", str(python))
     try:
         daemon.start()
-        task = daemon.create(scene.play(), start=True)
-        ended = daemon.wait(task.name, "FAILED")
+        first = daemon.create(scene.play(gated=True), start=True)
+        queued = daemon.create(scene.parameters(), start=True)
+        python.unlink()  # it was there when the start was checked
+        daemon.tasks.StopTask(task_service_pb2.StopTaskRequest(name=first.name))
+        ended = daemon.wait(queued.name, "FAILED")
         assert ended.end_reason == task_pb2.END_REASON_RUNNER_CRASHED
-        assert "/absent/python" in ended.end_message
+        assert str(python) in ended.end_message
     finally:
         daemon.close()

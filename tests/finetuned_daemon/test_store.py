@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from finetuned_daemon.events.log import EventLog
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.store.database import Database, DatabaseUnusable
-from finetuned_daemon.store.records import Records
+from finetuned_daemon.store.records import Records, insert
 from finetuned_daemon.tasks import Task
 
 
@@ -105,3 +106,42 @@ def test_an_epoch_stays_with_its_database(tmp_path: Path) -> None:
     first.close()
     assert Database(tmp_path / "x.db").log_epoch == epoch
     assert Database(tmp_path / "y.db").log_epoch != epoch
+
+
+def test_a_database_of_the_first_version_keeps_its_tasks_and_runs(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    first = resources.files("finetuned_daemon.store") / "migrations" / "0001_first.sql"
+    connection = sqlite3.connect(path)
+    connection.executescript(f"{first.read_text()}\nPRAGMA user_version = 1;")
+    task: dict[str, object] = {
+        "task_id": "old-task",
+        "display_name": "old",
+        "training_type": "SFT",
+        "parameters": "{}",
+        "device": "",
+        "state": "COMPLETED",
+        "end_message": "",
+        "run": 1,
+        "progress": "{}",
+        "last_checkpoint": "",
+        **dict.fromkeys(("create_time", "update_time", "start_time", "end_time", "last_seq"), 1),
+        "revision": 3,
+    }
+    run: dict[str, object] = {
+        "task_key": 1,
+        "number": 1,
+        **{name: task[name] for name in ("state", "device", "parameters", "end_message")},
+        **{name: task[name] for name in ("create_time", "start_time", "end_time", "progress")},
+        **dict.fromkeys(("signal", "last_checkpoint", "run_dir", "output_dir"), ""),
+        **dict.fromkeys(("stop_time", "ingested_bytes", "ingested_seq"), 0),
+    }
+    for table, columns in (("tasks", task), ("runs", run)):
+        connection.execute(insert(table, columns), columns)
+    connection.commit()
+    connection.close()
+
+    records = Records(Database(path))
+    old = records.task("old-task")
+    assert old is not None
+    assert (old.display_name, old.revision, old.template) == ("old", 3, "")
+    assert [(r.number, r.saved_checkpoints) for r in records.runs(old.key, limit=9)] == [(1, 0)]

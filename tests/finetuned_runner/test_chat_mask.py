@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetuned_daemon.parameters.datafile import Chat
+from finetuned_daemon.dataset.formats import Chat
 from finetuned_daemon.runs.contract import EndReason, Notice
 from tiny import END_OF_TURN
 
@@ -226,7 +226,7 @@ def test_long_chats_are_cut_and_those_left_without_an_answer_dropped_with_a_noti
 
 def test_an_answer_whose_first_character_is_one_token_with_the_prompts_last_is_refused():
     from finetuned_runner.chat_mask import MaskError
-    from finetuned_runner.data import _tokens_of
+    from finetuned_runner.encoding import tokens_of
 
     class Encoding:
         """Three tokens: `ab`, `cd`, `e`."""
@@ -240,10 +240,10 @@ def test_an_answer_whose_first_character_is_one_token_with_the_prompts_last_is_r
         def token_to_chars(self, token: int) -> tuple[int, int]:
             return self.offsets[token]
 
-    assert _tokens_of((2, 5), Encoding(), "abcde") == (1, 3)
+    assert tokens_of((2, 5), Encoding(), "abcde") == (1, 3)
     with pytest.raises(MaskError, match="end of the prompt and the beginning of the answer"):
-        _tokens_of((3, 5), Encoding(), "abcde")
+        tokens_of((3, 5), Encoding(), "abcde")
     with pytest.raises(MaskError, match="end of the answer and text that follows"):
-        _tokens_of((0, 3), Encoding(), "abcde")
+        tokens_of((0, 3), Encoding(), "abcde")
     # Blanks alone are no matter: nothing is to be learned of them.
-    assert _tokens_of((3, 5), Encoding(), "ab\n\ne") == (2, 3)
+    assert tokens_of((3, 5), Encoding(), "ab\n\ne") == (2, 3)

@@ -394,7 +394,7 @@ def test_all_weights_are_trained_and_saved_without_lora(shop):
 def test_pretraining_learns_every_token_of_blocks_of_equal_length(shop):
     from transformers import AutoTokenizer
 
-    from finetuned_daemon.parameters.datafile import Document
+    from finetuned_daemon.dataset.formats import Document
     from finetuned_runner.data import encode_documents
     from finetuned_runner.report import Report
 

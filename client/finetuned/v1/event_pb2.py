@@ -27,7 +27,7 @@ from finetuned.v1 import task_pb2 as finetuned_dot_v1_dot_task__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66inetuned/v1/event.proto\x12\x0c\x66inetuned.v1\x1a\x1d\x66inetuned/v1/parameters.proto\x1a\x17\x66inetuned/v1/task.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb7\x04\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03run\x18\x03 \x01(\x05\x12\x31\n\x0cstate_change\x18\x04 \x01(\x0b\x32\x19.finetuned.v1.StateChangeH\x00\x12\x31\n\x0cphase_change\x18\x05 \x01(\x0b\x32\x19.finetuned.v1.PhaseChangeH\x00\x12*\n\x08progress\x18\x06 \x01(\x0b\x32\x16.finetuned.v1.ProgressH\x00\x12(\n\x07metrics\x18\x07 \x01(\x0b\x32\x15.finetuned.v1.MetricsH\x00\x12)\n\x08log_line\x18\x08 \x01(\x0b\x32\x15.finetuned.v1.LogLineH\x00\x12\x39\n\x10\x63heckpoint_saved\x18\t \x01(\x0b\x32\x1d.finetuned.v1.CheckpointSavedH\x00\x12=\n\x12\x63heckpoint_deleted\x18\n \x01(\x0b\x32\x1f.finetuned.v1.CheckpointDeletedH\x00\x12.\n\nevaluation\x18\x0b \x01(\x0b\x32\x18.finetuned.v1.EvaluationH\x00\x12&\n\x06notice\x18\x0c \x01(\x0b\x32\x14.finetuned.v1.NoticeH\x00\x12&\n\x06result\x18\r \x01(\x0b\x32\x14.finetuned.v1.ResultH\x00\x42\t\n\x07payload\"\xa3\x01\n\x0bStateChange\x12*\n\told_state\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12*\n\tnew_state\x18\x02 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12+\n\nend_reason\x18\x03 \x01(\x0e\x32\x17.finetuned.v1.EndReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"y\n\x0bPhaseChange\x12%\n\x05phase\x18\x01 \x01(\x0e\x32\x16.finetuned.v1.RunPhase\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_deadline_seconds\"\x88\x01\n\x07Metrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x01\x12\x31\n\x06values\x18\x03 \x03(\x0b\x32!.finetuned.v1.Metrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"6\n\x07LogLine\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0e\n\x06logger\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"P\n\x0f\x43heckpointSaved\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\"/\n\x11\x43heckpointDeleted\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\x8e\x01\n\nEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x01\x12\x34\n\x06values\x18\x03 \x03(\x0b\x32$.finetuned.v1.Evaluation.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"8\n\x06Notice\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xd6\x01\n\x06Result\x12+\n\nend_reason\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.EndReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0boutput_path\x18\x04 \x01(\t\x12\x16\n\texit_code\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06signal\x18\x06 \x01(\t\x12%\n\x03\x66ix\x18\x07 \x01(\x0b\x32\x18.finetuned.v1.Parameters\x12\x0e\n\x06\x64\x65tail\x18\x08 \x01(\tB\x0c\n\n_exit_codeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66inetuned/v1/event.proto\x12\x0c\x66inetuned.v1\x1a\x1d\x66inetuned/v1/parameters.proto\x1a\x17\x66inetuned/v1/task.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\x04\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03run\x18\x03 \x01(\x05\x12\x31\n\x0cstate_change\x18\x04 \x01(\x0b\x32\x19.finetuned.v1.StateChangeH\x00\x12\x31\n\x0cphase_change\x18\x05 \x01(\x0b\x32\x19.finetuned.v1.PhaseChangeH\x00\x12*\n\x08progress\x18\x06 \x01(\x0b\x32\x16.finetuned.v1.ProgressH\x00\x12(\n\x07metrics\x18\x07 \x01(\x0b\x32\x15.finetuned.v1.MetricsH\x00\x12)\n\x08log_line\x18\x08 \x01(\x0b\x32\x15.finetuned.v1.LogLineH\x00\x12\x39\n\x10\x63heckpoint_saved\x18\t \x01(\x0b\x32\x1d.finetuned.v1.CheckpointSavedH\x00\x12=\n\x12\x63heckpoint_deleted\x18\n \x01(\x0b\x32\x1f.finetuned.v1.CheckpointDeletedH\x00\x12.\n\nevaluation\x18\x0b \x01(\x0b\x32\x18.finetuned.v1.EvaluationH\x00\x12&\n\x06notice\x18\x0c \x01(\x0b\x32\x14.finetuned.v1.NoticeH\x00\x12&\n\x06result\x18\r \x01(\x0b\x32\x14.finetuned.v1.ResultH\x00\x12/\n\x0btask_edited\x18\x0e \x01(\x0b\x32\x18.finetuned.v1.TaskEditedH\x00\x42\t\n\x07payload\"\xa3\x01\n\x0bStateChange\x12*\n\told_state\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12*\n\tnew_state\x18\x02 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12+\n\nend_reason\x18\x03 \x01(\x0e\x32\x17.finetuned.v1.EndReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"y\n\x0bPhaseChange\x12%\n\x05phase\x18\x01 \x01(\x0e\x32\x16.finetuned.v1.RunPhase\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_deadline_seconds\"\x88\x01\n\x07Metrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x01\x12\x31\n\x06values\x18\x03 \x03(\x0b\x32!.finetuned.v1.Metrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"6\n\x07LogLine\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0e\n\x06logger\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"P\n\x0f\x43heckpointSaved\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\"/\n\x11\x43heckpointDeleted\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"\x8e\x01\n\nEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x01\x12\x34\n\x06values\x18\x03 \x03(\x0b\x32$.finetuned.v1.Evaluation.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"8\n\x06Notice\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xd6\x01\n\x06Result\x12+\n\nend_reason\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.EndReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0boutput_path\x18\x04 \x01(\t\x12\x16\n\texit_code\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06signal\x18\x06 \x01(\t\x12%\n\x03\x66ix\x18\x07 \x01(\x0b\x32\x18.finetuned.v1.Parameters\x12\x0e\n\x06\x64\x65tail\x18\x08 \x01(\tB\x0c\n\n_exit_code\"\x1c\n\nTaskEdited\x12\x0e\n\x06\x66ields\x18\x01 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,27 +39,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVALUATION_VALUESENTRY']._loaded_options = None
   _globals['_EVALUATION_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_EVENT']._serialized_start=132
-  _globals['_EVENT']._serialized_end=699
-  _globals['_STATECHANGE']._serialized_start=702
-  _globals['_STATECHANGE']._serialized_end=865
-  _globals['_PHASECHANGE']._serialized_start=867
-  _globals['_PHASECHANGE']._serialized_end=988
-  _globals['_METRICS']._serialized_start=991
-  _globals['_METRICS']._serialized_end=1127
-  _globals['_METRICS_VALUESENTRY']._serialized_start=1082
-  _globals['_METRICS_VALUESENTRY']._serialized_end=1127
-  _globals['_LOGLINE']._serialized_start=1129
-  _globals['_LOGLINE']._serialized_end=1183
-  _globals['_CHECKPOINTSAVED']._serialized_start=1185
-  _globals['_CHECKPOINTSAVED']._serialized_end=1265
-  _globals['_CHECKPOINTDELETED']._serialized_start=1267
-  _globals['_CHECKPOINTDELETED']._serialized_end=1314
-  _globals['_EVALUATION']._serialized_start=1317
-  _globals['_EVALUATION']._serialized_end=1459
-  _globals['_EVALUATION_VALUESENTRY']._serialized_start=1082
-  _globals['_EVALUATION_VALUESENTRY']._serialized_end=1127
-  _globals['_NOTICE']._serialized_start=1461
-  _globals['_NOTICE']._serialized_end=1517
-  _globals['_RESULT']._serialized_start=1520
-  _globals['_RESULT']._serialized_end=1734
+  _globals['_EVENT']._serialized_end=748
+  _globals['_STATECHANGE']._serialized_start=751
+  _globals['_STATECHANGE']._serialized_end=914
+  _globals['_PHASECHANGE']._serialized_start=916
+  _globals['_PHASECHANGE']._serialized_end=1037
+  _globals['_METRICS']._serialized_start=1040
+  _globals['_METRICS']._serialized_end=1176
+  _globals['_METRICS_VALUESENTRY']._serialized_start=1131
+  _globals['_METRICS_VALUESENTRY']._serialized_end=1176
+  _globals['_LOGLINE']._serialized_start=1178
+  _globals['_LOGLINE']._serialized_end=1232
+  _globals['_CHECKPOINTSAVED']._serialized_start=1234
+  _globals['_CHECKPOINTSAVED']._serialized_end=1314
+  _globals['_CHECKPOINTDELETED']._serialized_start=1316
+  _globals['_CHECKPOINTDELETED']._serialized_end=1363
+  _globals['_EVALUATION']._serialized_start=1366
+  _globals['_EVALUATION']._serialized_end=1508
+  _globals['_EVALUATION_VALUESENTRY']._serialized_start=1131
+  _globals['_EVALUATION_VALUESENTRY']._serialized_end=1176
+  _globals['_NOTICE']._serialized_start=1510
+  _globals['_NOTICE']._serialized_end=1566
+  _globals['_RESULT']._serialized_start=1569
+  _globals['_RESULT']._serialized_end=1783
+  _globals['_TASKEDITED']._serialized_start=1785
+  _globals['_TASKEDITED']._serialized_end=1813
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,7 @@ class Event(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    TASK_EDITED_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Position in the task's log: 1, 2, 3 ... without gap or repeat."""
     run: _builtins.int
@@ -88,6 +89,10 @@ class Event(_message.Message):
     def result(self) -> Global___Result:
         """The run ended."""
 
+    @_builtins.property
+    def task_edited(self) -> Global___TaskEdited:
+        """Somebody changed the task: get it again."""
+
     def __init__(
         self,
         *,
@@ -104,12 +109,13 @@ class Event(_message.Message):
         evaluation: Global___Evaluation | None = ...,
         notice: Global___Notice | None = ...,
         result: Global___Result | None = ...,
+        task_edited: Global___TaskEdited | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "progress", b"progress", "result", b"result", "state_change", b"state_change", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "progress", b"progress", "result", b"result", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "progress", b"progress", "result", b"result", "run", b"run", "seq", b"seq", "state_change", b"state_change", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "progress", b"progress", "result", b"result", "run", b"run", "seq", b"seq", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_change", "phase_change", "progress", "metrics", "log_line", "checkpoint_saved", "checkpoint_deleted", "evaluation", "notice", "result"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_change", "phase_change", "progress", "metrics", "log_line", "checkpoint_saved", "checkpoint_deleted", "evaluation", "notice", "result", "task_edited"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -458,3 +464,27 @@ class Result(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
 
 Global___Result: _TypeAlias = Result  # noqa: Y015
+
+@_typing.final
+class TaskEdited(_message.Message):
+    """Somebody changed the task."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What has changed: `display_name`, `device`, `template`, and paths of parameters such as `training.batch_size`."""
+
+    def __init__(
+        self,
+        *,
+        fields: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskEdited: _TypeAlias = TaskEdited  # noqa: Y015

@@ -44,6 +44,34 @@ DEVICE_TYPE_CUDA: DeviceType.ValueType  # 2
 """An NVIDIA GPU."""
 Global___DeviceType: _TypeAlias = DeviceType  # noqa: Y015
 
+class _CheckStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CheckStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CheckStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHECK_STATUS_UNSPECIFIED: _CheckStatus.ValueType  # 0
+    """Never sent."""
+    CHECK_STATUS_OK: _CheckStatus.ValueType  # 1
+    """As it should be."""
+    CHECK_STATUS_WARNING: _CheckStatus.ValueType  # 2
+    """Training runs; something is missing or will be slow."""
+    CHECK_STATUS_ERROR: _CheckStatus.ValueType  # 3
+    """Training can't run."""
+
+class CheckStatus(_CheckStatus, metaclass=_CheckStatusEnumTypeWrapper):
+    """How a check came out."""
+
+CHECK_STATUS_UNSPECIFIED: CheckStatus.ValueType  # 0
+"""Never sent."""
+CHECK_STATUS_OK: CheckStatus.ValueType  # 1
+"""As it should be."""
+CHECK_STATUS_WARNING: CheckStatus.ValueType  # 2
+"""Training runs; something is missing or will be slow."""
+CHECK_STATUS_ERROR: CheckStatus.ValueType  # 3
+"""Training can't run."""
+Global___CheckStatus: _TypeAlias = CheckStatus  # noqa: Y015
+
 @_typing.final
 class GetSystemInfoRequest(_message.Message):
     """Request of GetSystemInfo."""
@@ -273,3 +301,206 @@ class ShutdownResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ShutdownResponse: _TypeAlias = ShutdownResponse  # noqa: Y015
+
+@_typing.final
+class CheckEnvironmentRequest(_message.Message):
+    """Request of CheckEnvironment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFRESH_FIELD_NUMBER: _builtins.int
+    refresh: _builtins.bool
+    """Ask the training environment again, whatever is remembered."""
+    def __init__(
+        self,
+        *,
+        refresh: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refresh", b"refresh"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckEnvironmentRequest: _TypeAlias = CheckEnvironmentRequest  # noqa: Y015
+
+@_typing.final
+class CheckEnvironmentResponse(_message.Message):
+    """Answer of CheckEnvironment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    RUNNER_PYTHON_FIELD_NUMBER: _builtins.int
+    CHECK_TIME_FIELD_NUMBER: _builtins.int
+    status: Global___CheckStatus.ValueType
+    """The gravest status of all items."""
+    runner_python: _builtins.str
+    """Python that runs train with."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentItem]:
+        """What was checked, in order."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceCapability]:
+        """What each device can do."""
+
+    @_builtins.property
+    def check_time(self) -> _timestamp_pb2.Timestamp:
+        """When the training environment was asked."""
+
+    def __init__(
+        self,
+        *,
+        status: Global___CheckStatus.ValueType = ...,
+        items: _abc.Iterable[Global___EnvironmentItem] | None = ...,
+        devices: _abc.Iterable[Global___DeviceCapability] | None = ...,
+        runner_python: _builtins.str = ...,
+        check_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["check_time", b"check_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["check_time", b"check_time", "devices", b"devices", "items", b"items", "runner_python", b"runner_python", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckEnvironmentResponse: _TypeAlias = CheckEnvironmentResponse  # noqa: Y015
+
+@_typing.final
+class EnvironmentItem(_message.Message):
+    """One thing that was checked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Stable name, such as `python`, `torch`, `driver`, `device/cuda:0`, `disk`."""
+    status: Global___CheckStatus.ValueType
+    """How it came out."""
+    found: _builtins.str
+    """What is there, such as a version; empty: nothing."""
+    wanted: _builtins.str
+    """What is wanted, such as `>=2.6`; empty: nothing in particular."""
+    message: _builtins.str
+    """One sentence on what this means; empty where all is well."""
+    remedy: _builtins.str
+    """One line that mends it, where one does: a command to type, or what to do."""
+    reason: _builtins.str
+    """Stable, in capitals, where it is not OK, such as `PACKAGE_MISSING`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        status: Global___CheckStatus.ValueType = ...,
+        found: _builtins.str = ...,
+        wanted: _builtins.str = ...,
+        message: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found", "message", b"message", "name", b"name", "reason", b"reason", "remedy", b"remedy", "status", b"status", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnvironmentItem: _TypeAlias = EnvironmentItem  # noqa: Y015
+
+@_typing.final
+class DeviceCapability(_message.Message):
+    """What a device can do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    BF16_FIELD_NUMBER: _builtins.int
+    FP16_FIELD_NUMBER: _builtins.int
+    TF32_FIELD_NUMBER: _builtins.int
+    FOUR_BIT_FIELD_NUMBER: _builtins.int
+    EIGHT_BIT_OPTIMIZER_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Id, such as `cuda:0`."""
+    bf16: _builtins.bool
+    """Computes in bf16."""
+    fp16: _builtins.bool
+    """Computes in fp16."""
+    tf32: _builtins.bool
+    """Computes in TF32."""
+    four_bit: _builtins.bool
+    """Trains on 4-bit weights (QLoRA): the device can, and bitsandbytes is there."""
+    eight_bit_optimizer: _builtins.bool
+    """Has 8-bit optimizers: the device can, and bitsandbytes is there."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        bf16: _builtins.bool = ...,
+        fp16: _builtins.bool = ...,
+        tf32: _builtins.bool = ...,
+        four_bit: _builtins.bool = ...,
+        eight_bit_optimizer: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bf16", b"bf16", "device", b"device", "eight_bit_optimizer", b"eight_bit_optimizer", "four_bit", b"four_bit", "fp16", b"fp16", "tf32", b"tf32"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceCapability: _TypeAlias = DeviceCapability  # noqa: Y015
+
+@_typing.final
+class GetQuotaRequest(_message.Message):
+    """Request of GetQuota."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQuotaRequest: _TypeAlias = GetQuotaRequest  # noqa: Y015
+
+@_typing.final
+class GetQuotaResponse(_message.Message):
+    """Answer of GetQuota."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    RESERVED_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """Checkpoints that may be saved in all; absent: no quota."""
+    used: _builtins.int
+    """Checkpoints saved so far, of all tasks, deleted ones included."""
+    reserved: _builtins.int
+    """Planned by runs that are QUEUED or RUNNING, and not saved yet."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int | None = ...,
+        used: _builtins.int = ...,
+        reserved: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "limit", b"limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "limit", b"limit", "reserved", b"reserved", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
+    _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
+
+Global___GetQuotaResponse: _TypeAlias = GetQuotaResponse  # noqa: Y015

@@ -45,6 +45,16 @@ class SystemServiceStub(object):
                 request_serializer=finetuned_dot_v1_dot_system__service__pb2.ListDevicesRequest.SerializeToString,
                 response_deserializer=finetuned_dot_v1_dot_system__service__pb2.ListDevicesResponse.FromString,
                 _registered_method=True)
+        self.CheckEnvironment = channel.unary_unary(
+                '/finetuned.v1.SystemService/CheckEnvironment',
+                request_serializer=finetuned_dot_v1_dot_system__service__pb2.CheckEnvironmentRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_system__service__pb2.CheckEnvironmentResponse.FromString,
+                _registered_method=True)
+        self.GetQuota = channel.unary_unary(
+                '/finetuned.v1.SystemService/GetQuota',
+                request_serializer=finetuned_dot_v1_dot_system__service__pb2.GetQuotaRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_system__service__pb2.GetQuotaResponse.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/finetuned.v1.SystemService/Shutdown',
                 request_serializer=finetuned_dot_v1_dot_system__service__pb2.ShutdownRequest.SerializeToString,
@@ -70,6 +80,24 @@ class SystemServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckEnvironment(self, request, context):
+        """Checks whether this machine is ready to train: Python, packages, driver, devices and what each can do, disk; with a remedy for
+        what is not. A start checks the same by itself.
+
+        Takes seconds where nothing is remembered: the training environment is asked in a process of its own, and the answer is kept
+        until the environment changes. Sentences come in the language of the metadata `accept-language`. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetQuota(self, request, context):
+        """Gets the training quota and what is used of it. Each checkpoint that a run saves uses one. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """Ends the daemon as SIGTERM would: it answers, closes streams and leaves runs alone; the next daemon adopts them.
         Safe to repeat.
@@ -90,6 +118,16 @@ def add_SystemServiceServicer_to_server(servicer, server):
                     servicer.ListDevices,
                     request_deserializer=finetuned_dot_v1_dot_system__service__pb2.ListDevicesRequest.FromString,
                     response_serializer=finetuned_dot_v1_dot_system__service__pb2.ListDevicesResponse.SerializeToString,
+            ),
+            'CheckEnvironment': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckEnvironment,
+                    request_deserializer=finetuned_dot_v1_dot_system__service__pb2.CheckEnvironmentRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_system__service__pb2.CheckEnvironmentResponse.SerializeToString,
+            ),
+            'GetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQuota,
+                    request_deserializer=finetuned_dot_v1_dot_system__service__pb2.GetQuotaRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_system__service__pb2.GetQuotaResponse.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -152,6 +190,60 @@ class SystemService(object):
             '/finetuned.v1.SystemService/ListDevices',
             finetuned_dot_v1_dot_system__service__pb2.ListDevicesRequest.SerializeToString,
             finetuned_dot_v1_dot_system__service__pb2.ListDevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckEnvironment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.SystemService/CheckEnvironment',
+            finetuned_dot_v1_dot_system__service__pb2.CheckEnvironmentRequest.SerializeToString,
+            finetuned_dot_v1_dot_system__service__pb2.CheckEnvironmentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.SystemService/GetQuota',
+            finetuned_dot_v1_dot_system__service__pb2.GetQuotaRequest.SerializeToString,
+            finetuned_dot_v1_dot_system__service__pb2.GetQuotaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,15 @@ class SystemServiceStub:
     """Gets what the daemon is and where it keeps things. Safe to repeat."""
     ListDevices: _grpc.UnaryUnaryMultiCallable[_system_service_pb2.ListDevicesRequest, _system_service_pb2.ListDevicesResponse]
     """Lists the devices that a task can run on, GPUs first. Safe to repeat."""
+    CheckEnvironment: _grpc.UnaryUnaryMultiCallable[_system_service_pb2.CheckEnvironmentRequest, _system_service_pb2.CheckEnvironmentResponse]
+    """Checks whether this machine is ready to train: Python, packages, driver, devices and what each can do, disk; with a remedy for
+    what is not. A start checks the same by itself.
+
+    Takes seconds where nothing is remembered: the training environment is asked in a process of its own, and the answer is kept
+    until the environment changes. Sentences come in the language of the metadata `accept-language`. Safe to repeat.
+    """
+    GetQuota: _grpc.UnaryUnaryMultiCallable[_system_service_pb2.GetQuotaRequest, _system_service_pb2.GetQuotaResponse]
+    """Gets the training quota and what is used of it. Each checkpoint that a run saves uses one. Safe to repeat."""
     Shutdown: _grpc.UnaryUnaryMultiCallable[_system_service_pb2.ShutdownRequest, _system_service_pb2.ShutdownResponse]
     """Ends the daemon as SIGTERM would: it answers, closes streams and leaves runs alone; the next daemon adopts them.
     Safe to repeat.
@@ -51,6 +60,15 @@ class SystemServiceAsyncStub(SystemServiceStub):
     """Gets what the daemon is and where it keeps things. Safe to repeat."""
     ListDevices: _aio.UnaryUnaryMultiCallable[_system_service_pb2.ListDevicesRequest, _system_service_pb2.ListDevicesResponse]  # type: ignore[assignment]
     """Lists the devices that a task can run on, GPUs first. Safe to repeat."""
+    CheckEnvironment: _aio.UnaryUnaryMultiCallable[_system_service_pb2.CheckEnvironmentRequest, _system_service_pb2.CheckEnvironmentResponse]  # type: ignore[assignment]
+    """Checks whether this machine is ready to train: Python, packages, driver, devices and what each can do, disk; with a remedy for
+    what is not. A start checks the same by itself.
+
+    Takes seconds where nothing is remembered: the training environment is asked in a process of its own, and the answer is kept
+    until the environment changes. Sentences come in the language of the metadata `accept-language`. Safe to repeat.
+    """
+    GetQuota: _aio.UnaryUnaryMultiCallable[_system_service_pb2.GetQuotaRequest, _system_service_pb2.GetQuotaResponse]  # type: ignore[assignment]
+    """Gets the training quota and what is used of it. Each checkpoint that a run saves uses one. Safe to repeat."""
     Shutdown: _aio.UnaryUnaryMultiCallable[_system_service_pb2.ShutdownRequest, _system_service_pb2.ShutdownResponse]  # type: ignore[assignment]
     """Ends the daemon as SIGTERM would: it answers, closes streams and leaves runs alone; the next daemon adopts them.
     Safe to repeat.
@@ -74,6 +92,27 @@ class SystemServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_system_service_pb2.ListDevicesResponse, _abc.Awaitable[_system_service_pb2.ListDevicesResponse]]:
         """Lists the devices that a task can run on, GPUs first. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def CheckEnvironment(
+        self,
+        request: _system_service_pb2.CheckEnvironmentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_system_service_pb2.CheckEnvironmentResponse, _abc.Awaitable[_system_service_pb2.CheckEnvironmentResponse]]:
+        """Checks whether this machine is ready to train: Python, packages, driver, devices and what each can do, disk; with a remedy for
+        what is not. A start checks the same by itself.
+
+        Takes seconds where nothing is remembered: the training environment is asked in a process of its own, and the answer is kept
+        until the environment changes. Sentences come in the language of the metadata `accept-language`. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def GetQuota(
+        self,
+        request: _system_service_pb2.GetQuotaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_system_service_pb2.GetQuotaResponse, _abc.Awaitable[_system_service_pb2.GetQuotaResponse]]:
+        """Gets the training quota and what is used of it. Each checkpoint that a run saves uses one. Safe to repeat."""
 
     @_abc_1.abstractmethod
     def Shutdown(

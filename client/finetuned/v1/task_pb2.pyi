@@ -232,6 +232,7 @@ class Task(_message.Message):
     LAST_SEQ_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tasks/{task_id}`. Set at creation, never changes."""
     display_name: _builtins.str
@@ -257,7 +258,13 @@ class Task(_message.Message):
     queue_position: _builtins.int
     """Output only. Place in the queue of its device, from 1, while QUEUED; else 0."""
     etag: _builtins.str
-    """Changes with every change of the task but progress. In DeleteTask and StartTask, an `etag` that no longer holds is ABORTED."""
+    """Changes with every change of the task but progress. In UpdateTask, DeleteTask and StartTask, an `etag` that no longer holds is
+    ABORTED.
+    """
+    template: _builtins.str
+    """`templates/{template_id}` that it was made from: at creation, where absent parameters come from. The task keeps its own
+    parameters; the template may have changed or gone since. Empty: none.
+    """
     @_builtins.property
     def parameters(self) -> _parameters_pb2.Parameters:
         """All parameters, defaults resolved at creation. Later changes of defaults or templates do not reach the task."""
@@ -304,10 +311,11 @@ class Task(_message.Message):
         last_seq: _builtins.int = ...,
         queue_position: _builtins.int = ...,
         etag: _builtins.str = ...,
+        template: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "parameters", b"parameters", "progress", b"progress", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "display_name", b"display_name", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "etag", b"etag", "last_checkpoint", b"last_checkpoint", "last_seq", b"last_seq", "name", b"name", "parameters", b"parameters", "phase", b"phase", "progress", b"progress", "queue_position", b"queue_position", "run", b"run", "start_time", b"start_time", "state", b"state", "training_type", b"training_type", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "display_name", b"display_name", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "etag", b"etag", "last_checkpoint", b"last_checkpoint", "last_seq", b"last_seq", "name", b"name", "parameters", b"parameters", "phase", b"phase", "progress", b"progress", "queue_position", b"queue_position", "run", b"run", "start_time", b"start_time", "state", b"state", "template", b"template", "training_type", b"training_type", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,56 +24,61 @@ _sym_db = _symbol_database.Default()
 
 from finetuned.v1 import event_pb2 as finetuned_dot_v1_dot_event__pb2
 from finetuned.v1 import task_pb2 as finetuned_dot_v1_dot_task__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inetuned/v1/task_service.proto\x12\x0c\x66inetuned.v1\x1a\x18\x66inetuned/v1/event.proto\x1a\x17\x66inetuned/v1/task.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x80\x01\n\x11\x43reateTaskRequest\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"6\n\x12\x43reateTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x0fGetTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"x\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\'\n\x06states\x18\x03 \x03(\x0e\x32\x17.finetuned.v1.TaskState\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\"O\n\x11ListTasksResponse\x12!\n\x05tasks\x18\x01 \x03(\x0b\x32\x12.finetuned.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"F\n\x11\x44\x65leteTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x14\n\x12\x44\x65leteTaskResponse\"B\n\x10StartTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"5\n\x11StartTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"0\n\x0fStopTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64iscard\x18\x02 \x01(\x08\"4\n\x10StopTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"F\n\x10WatchTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\x12\x11\n\tlog_epoch\x18\x03 \x01(\t\"\x9f\x01\n\x11WatchTaskResponse\x12*\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.finetuned.v1.SnapshotH\x00\x12$\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x13.finetuned.v1.EventH\x00\x12,\n\theartbeat\x18\x03 \x01(\x0b\x32\x17.finetuned.v1.HeartbeatH\x00\x42\n\n\x08response\"?\n\x08Snapshot\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12\x11\n\tlog_epoch\x18\x02 \x01(\t\"G\n\tHeartbeat\x12\x10\n\x08last_seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x0fListRunsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x10ListRunsResponse\x12\x1f\n\x04runs\x18\x01 \x03(\x0b\x32\x11.finetuned.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"V\n\x11ListEventsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x0b\n\x03run\x18\x04 \x01(\x05\"^\n\x12ListEventsResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.finetuned.v1.Event\x12\x10\n\x08last_seq\x18\x02 \x01(\x03\x12\x11\n\tlog_epoch\x18\x03 \x01(\t2\xca\x05\n\x0bTaskService\x12O\n\nCreateTask\x12\x1f.finetuned.v1.CreateTaskRequest\x1a .finetuned.v1.CreateTaskResponse\x12\x46\n\x07GetTask\x12\x1c.finetuned.v1.GetTaskRequest\x1a\x1d.finetuned.v1.GetTaskResponse\x12L\n\tListTasks\x12\x1e.finetuned.v1.ListTasksRequest\x1a\x1f.finetuned.v1.ListTasksResponse\x12O\n\nDeleteTask\x12\x1f.finetuned.v1.DeleteTaskRequest\x1a .finetuned.v1.DeleteTaskResponse\x12L\n\tStartTask\x12\x1e.finetuned.v1.StartTaskRequest\x1a\x1f.finetuned.v1.StartTaskResponse\x12I\n\x08StopTask\x12\x1d.finetuned.v1.StopTaskRequest\x1a\x1e.finetuned.v1.StopTaskResponse\x12N\n\tWatchTask\x12\x1e.finetuned.v1.WatchTaskRequest\x1a\x1f.finetuned.v1.WatchTaskResponse0\x01\x12I\n\x08ListRuns\x12\x1d.finetuned.v1.ListRunsRequest\x1a\x1e.finetuned.v1.ListRunsResponse\x12O\n\nListEvents\x12\x1f.finetuned.v1.ListEventsRequest\x1a .finetuned.v1.ListEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inetuned/v1/task_service.proto\x12\x0c\x66inetuned.v1\x1a\x18\x66inetuned/v1/event.proto\x1a\x17\x66inetuned/v1/task.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x01\n\x11\x43reateTaskRequest\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x17\n\x0fupdate_template\x18\x06 \x01(\x08\"6\n\x12\x43reateTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x0fGetTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"x\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\'\n\x06states\x18\x03 \x03(\x0e\x32\x17.finetuned.v1.TaskState\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\"O\n\x11ListTasksResponse\x12!\n\x05tasks\x18\x01 \x03(\x0b\x32\x12.finetuned.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x96\x01\n\x11UpdateTaskRequest\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\x0fupdate_template\x18\x03 \x01(\x08\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"6\n\x12UpdateTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"^\n\x11\x44\x65leteTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x16\n\x0e\x64\x65lete_outputs\x18\x04 \x01(\x08\"\\\n\x12\x44\x65leteTaskResponse\x12\x15\n\rdeleted_files\x18\x01 \x01(\x03\x12\x15\n\rdeleted_bytes\x18\x02 \x01(\x03\x12\x18\n\x10left_output_dirs\x18\x03 \x03(\t\"B\n\x10StartTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"5\n\x11StartTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"0\n\x0fStopTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64iscard\x18\x02 \x01(\x08\"4\n\x10StopTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"F\n\x10WatchTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\x12\x11\n\tlog_epoch\x18\x03 \x01(\t\"\x9f\x01\n\x11WatchTaskResponse\x12*\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.finetuned.v1.SnapshotH\x00\x12$\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x13.finetuned.v1.EventH\x00\x12,\n\theartbeat\x18\x03 \x01(\x0b\x32\x17.finetuned.v1.HeartbeatH\x00\x42\n\n\x08response\"?\n\x08Snapshot\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12\x11\n\tlog_epoch\x18\x02 \x01(\t\"G\n\tHeartbeat\x12\x10\n\x08last_seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x0fListRunsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x10ListRunsResponse\x12\x1f\n\x04runs\x18\x01 \x03(\x0b\x32\x11.finetuned.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"V\n\x11ListEventsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x0b\n\x03run\x18\x04 \x01(\x05\"^\n\x12ListEventsResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.finetuned.v1.Event\x12\x10\n\x08last_seq\x18\x02 \x01(\x03\x12\x11\n\tlog_epoch\x18\x03 \x01(\t2\x9b\x06\n\x0bTaskService\x12O\n\nCreateTask\x12\x1f.finetuned.v1.CreateTaskRequest\x1a .finetuned.v1.CreateTaskResponse\x12\x46\n\x07GetTask\x12\x1c.finetuned.v1.GetTaskRequest\x1a\x1d.finetuned.v1.GetTaskResponse\x12L\n\tListTasks\x12\x1e.finetuned.v1.ListTasksRequest\x1a\x1f.finetuned.v1.ListTasksResponse\x12O\n\nUpdateTask\x12\x1f.finetuned.v1.UpdateTaskRequest\x1a .finetuned.v1.UpdateTaskResponse\x12O\n\nDeleteTask\x12\x1f.finetuned.v1.DeleteTaskRequest\x1a .finetuned.v1.DeleteTaskResponse\x12L\n\tStartTask\x12\x1e.finetuned.v1.StartTaskRequest\x1a\x1f.finetuned.v1.StartTaskResponse\x12I\n\x08StopTask\x12\x1d.finetuned.v1.StopTaskRequest\x1a\x1e.finetuned.v1.StopTaskResponse\x12N\n\tWatchTask\x12\x1e.finetuned.v1.WatchTaskRequest\x1a\x1f.finetuned.v1.WatchTaskResponse0\x01\x12I\n\x08ListRuns\x12\x1d.finetuned.v1.ListRunsRequest\x1a\x1e.finetuned.v1.ListRunsResponse\x12O\n\nListEvents\x12\x1f.finetuned.v1.ListEventsRequest\x1a .finetuned.v1.ListEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'finetuned.v1.task_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATETASKREQUEST']._serialized_start=134
-  _globals['_CREATETASKREQUEST']._serialized_end=262
-  _globals['_CREATETASKRESPONSE']._serialized_start=264
-  _globals['_CREATETASKRESPONSE']._serialized_end=318
-  _globals['_GETTASKREQUEST']._serialized_start=320
-  _globals['_GETTASKREQUEST']._serialized_end=350
-  _globals['_GETTASKRESPONSE']._serialized_start=352
-  _globals['_GETTASKRESPONSE']._serialized_end=403
-  _globals['_LISTTASKSREQUEST']._serialized_start=405
-  _globals['_LISTTASKSREQUEST']._serialized_end=525
-  _globals['_LISTTASKSRESPONSE']._serialized_start=527
-  _globals['_LISTTASKSRESPONSE']._serialized_end=606
-  _globals['_DELETETASKREQUEST']._serialized_start=608
-  _globals['_DELETETASKREQUEST']._serialized_end=678
-  _globals['_DELETETASKRESPONSE']._serialized_start=680
-  _globals['_DELETETASKRESPONSE']._serialized_end=700
-  _globals['_STARTTASKREQUEST']._serialized_start=702
-  _globals['_STARTTASKREQUEST']._serialized_end=768
-  _globals['_STARTTASKRESPONSE']._serialized_start=770
-  _globals['_STARTTASKRESPONSE']._serialized_end=823
-  _globals['_STOPTASKREQUEST']._serialized_start=825
-  _globals['_STOPTASKREQUEST']._serialized_end=873
-  _globals['_STOPTASKRESPONSE']._serialized_start=875
-  _globals['_STOPTASKRESPONSE']._serialized_end=927
-  _globals['_WATCHTASKREQUEST']._serialized_start=929
-  _globals['_WATCHTASKREQUEST']._serialized_end=999
-  _globals['_WATCHTASKRESPONSE']._serialized_start=1002
-  _globals['_WATCHTASKRESPONSE']._serialized_end=1161
-  _globals['_SNAPSHOT']._serialized_start=1163
-  _globals['_SNAPSHOT']._serialized_end=1226
-  _globals['_HEARTBEAT']._serialized_start=1228
-  _globals['_HEARTBEAT']._serialized_end=1299
-  _globals['_LISTRUNSREQUEST']._serialized_start=1301
-  _globals['_LISTRUNSREQUEST']._serialized_end=1373
-  _globals['_LISTRUNSRESPONSE']._serialized_start=1375
-  _globals['_LISTRUNSRESPONSE']._serialized_end=1451
-  _globals['_LISTEVENTSREQUEST']._serialized_start=1453
-  _globals['_LISTEVENTSREQUEST']._serialized_end=1539
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=1541
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=1635
-  _globals['_TASKSERVICE']._serialized_start=1638
-  _globals['_TASKSERVICE']._serialized_end=2352
+  _globals['_CREATETASKREQUEST']._serialized_start=168
+  _globals['_CREATETASKREQUEST']._serialized_end=321
+  _globals['_CREATETASKRESPONSE']._serialized_start=323
+  _globals['_CREATETASKRESPONSE']._serialized_end=377
+  _globals['_GETTASKREQUEST']._serialized_start=379
+  _globals['_GETTASKREQUEST']._serialized_end=409
+  _globals['_GETTASKRESPONSE']._serialized_start=411
+  _globals['_GETTASKRESPONSE']._serialized_end=462
+  _globals['_LISTTASKSREQUEST']._serialized_start=464
+  _globals['_LISTTASKSREQUEST']._serialized_end=584
+  _globals['_LISTTASKSRESPONSE']._serialized_start=586
+  _globals['_LISTTASKSRESPONSE']._serialized_end=665
+  _globals['_UPDATETASKREQUEST']._serialized_start=668
+  _globals['_UPDATETASKREQUEST']._serialized_end=818
+  _globals['_UPDATETASKRESPONSE']._serialized_start=820
+  _globals['_UPDATETASKRESPONSE']._serialized_end=874
+  _globals['_DELETETASKREQUEST']._serialized_start=876
+  _globals['_DELETETASKREQUEST']._serialized_end=970
+  _globals['_DELETETASKRESPONSE']._serialized_start=972
+  _globals['_DELETETASKRESPONSE']._serialized_end=1064
+  _globals['_STARTTASKREQUEST']._serialized_start=1066
+  _globals['_STARTTASKREQUEST']._serialized_end=1132
+  _globals['_STARTTASKRESPONSE']._serialized_start=1134
+  _globals['_STARTTASKRESPONSE']._serialized_end=1187
+  _globals['_STOPTASKREQUEST']._serialized_start=1189
+  _globals['_STOPTASKREQUEST']._serialized_end=1237
+  _globals['_STOPTASKRESPONSE']._serialized_start=1239
+  _globals['_STOPTASKRESPONSE']._serialized_end=1291
+  _globals['_WATCHTASKREQUEST']._serialized_start=1293
+  _globals['_WATCHTASKREQUEST']._serialized_end=1363
+  _globals['_WATCHTASKRESPONSE']._serialized_start=1366
+  _globals['_WATCHTASKRESPONSE']._serialized_end=1525
+  _globals['_SNAPSHOT']._serialized_start=1527
+  _globals['_SNAPSHOT']._serialized_end=1590
+  _globals['_HEARTBEAT']._serialized_start=1592
+  _globals['_HEARTBEAT']._serialized_end=1663
+  _globals['_LISTRUNSREQUEST']._serialized_start=1665
+  _globals['_LISTRUNSREQUEST']._serialized_end=1737
+  _globals['_LISTRUNSRESPONSE']._serialized_start=1739
+  _globals['_LISTRUNSRESPONSE']._serialized_end=1815
+  _globals['_LISTEVENTSREQUEST']._serialized_start=1817
+  _globals['_LISTEVENTSREQUEST']._serialized_end=1903
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=1905
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=1999
+  _globals['_TASKSERVICE']._serialized_start=2002
+  _globals['_TASKSERVICE']._serialized_end=2797
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from finetuned.v1 import event_pb2 as _event_pb2
 from finetuned.v1 import task_pb2 as _task_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -32,6 +33,7 @@ class CreateTaskRequest(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    UPDATE_TEMPLATE_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """Id for the name `tasks/{task_id}`: 4 to 63 of `a-z`, `0-9` and `-`, a letter first. Empty: the daemon chooses."""
     start: _builtins.bool
@@ -40,6 +42,10 @@ class CreateTaskRequest(_message.Message):
     """Chosen by the client, such as a UUID; at most 64 characters. Makes a repeat safe for at least a day."""
     validate_only: _builtins.bool
     """Check only, write nothing; the answer holds the task as it would be."""
+    update_template: _builtins.bool
+    """Write the task's parameters into its custom template too: the "temporary template" box, unticked. Default: they are the
+    task's alone.
+    """
     @_builtins.property
     def task(self) -> _task_pb2.Task:
         """What to create. Output-only fields are ignored."""
@@ -52,10 +58,11 @@ class CreateTaskRequest(_message.Message):
         start: _builtins.bool = ...,
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        update_template: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "start", b"start", "task", b"task", "task_id", b"task_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "start", b"start", "task", b"task", "task_id", b"task_id", "update_template", b"update_template", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,6 +203,72 @@ class ListTasksResponse(_message.Message):
 Global___ListTasksResponse: _TypeAlias = ListTasksResponse  # noqa: Y015
 
 @_typing.final
+class UpdateTaskRequest(_message.Message):
+    """Request of UpdateTask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    UPDATE_TEMPLATE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    update_template: _builtins.bool
+    """Write the task's parameters into its custom template too: the "temporary template" box, unticked. Default: they are the
+    task's alone.
+    """
+    validate_only: _builtins.bool
+    """Check only, write nothing; the answer holds the task as it would be."""
+    @_builtins.property
+    def task(self) -> _task_pb2.Task:
+        """The task, by its `name`, with the new values. A non-empty `etag` must hold."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """What to change: `display_name`, `device`, `template`, `parameters`, `parameters.training`, `parameters.training.batch_size` ...
+        A masked parameter that is absent in `task` goes back to its default. Empty: whatever is set in `task`, parameter by parameter.
+        """
+
+    def __init__(
+        self,
+        *,
+        task: _task_pb2.Task | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        update_template: _builtins.bool = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task", "update_mask", b"update_mask", "update_template", b"update_template", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateTaskRequest: _TypeAlias = UpdateTaskRequest  # noqa: Y015
+
+@_typing.final
+class UpdateTaskResponse(_message.Message):
+    """Answer of UpdateTask."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def task(self) -> _task_pb2.Task:
+        """The task as it is now."""
+
+    def __init__(
+        self,
+        *,
+        task: _task_pb2.Task | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateTaskResponse: _TypeAlias = UpdateTaskResponse  # noqa: Y015
+
+@_typing.final
 class DeleteTaskRequest(_message.Message):
     """Request of DeleteTask."""
 
@@ -204,22 +277,26 @@ class DeleteTaskRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    DELETE_OUTPUTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tasks/{task_id}`."""
     etag: _builtins.str
     """The task's `etag`, to delete only what was last seen. Empty: whatever is there."""
     allow_missing: _builtins.bool
     """Succeed where there is no such task."""
+    delete_outputs: _builtins.bool
+    """Delete what its runs recorded writing into their output folders too. No link is followed, and files of anybody else's stay."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         etag: _builtins.str = ...,
         allow_missing: _builtins.bool = ...,
+        delete_outputs: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "etag", b"etag", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "delete_outputs", b"delete_outputs", "etag", b"etag", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,12 +308,27 @@ class DeleteTaskResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    DELETED_FILES_FIELD_NUMBER: _builtins.int
+    DELETED_BYTES_FIELD_NUMBER: _builtins.int
+    LEFT_OUTPUT_DIRS_FIELD_NUMBER: _builtins.int
+    deleted_files: _builtins.int
+    """Files of outputs that were deleted."""
+    deleted_bytes: _builtins.int
+    """Their bytes."""
+    @_builtins.property
+    def left_output_dirs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Output folders of its runs that are still there: because they were not to be deleted, or hold what no run recorded writing."""
+
     def __init__(
         self,
+        *,
+        deleted_files: _builtins.int = ...,
+        deleted_bytes: _builtins.int = ...,
+        left_output_dirs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_bytes", b"deleted_bytes", "deleted_files", b"deleted_files", "left_output_dirs", b"left_output_dirs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

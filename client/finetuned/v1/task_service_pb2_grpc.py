@@ -54,6 +54,11 @@ class TaskServiceStub(object):
                 request_serializer=finetuned_dot_v1_dot_task__service__pb2.ListTasksRequest.SerializeToString,
                 response_deserializer=finetuned_dot_v1_dot_task__service__pb2.ListTasksResponse.FromString,
                 _registered_method=True)
+        self.UpdateTask = channel.unary_unary(
+                '/finetuned.v1.TaskService/UpdateTask',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.UpdateTaskRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.UpdateTaskResponse.FromString,
+                _registered_method=True)
         self.DeleteTask = channel.unary_unary(
                 '/finetuned.v1.TaskService/DeleteTask',
                 request_serializer=finetuned_dot_v1_dot_task__service__pb2.DeleteTaskRequest.SerializeToString,
@@ -99,7 +104,8 @@ class TaskServiceServicer(object):
 
         Every field that is given is checked: its range, and the files and folders it names. Required fields may be missing
         unless `start` is set. INVALID_ARGUMENT names every wrong field, and nothing is written. ALREADY_EXISTS: the task id
-        or the display name is taken.
+        or the display name is taken. NOT_FOUND: no such template. FAILED_PRECONDITION: `update_template` with a preset, or with
+        `start` the training environment can't run (see CheckEnvironment).
         Safe to repeat with the same `request_id`: the first answer comes again. With another body it is INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -120,8 +126,21 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateTask(self, request, context):
+        """Changes a task: its display name, device or parameters. Earlier runs keep the parameters they ran with, so that a start
+        after an edit is a new run with a history.
+
+        What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
+        FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template. ALREADY_EXISTS: the display name
+        is taken. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteTask(self, request, context):
-        """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays.
+        """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
+        `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
         FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first. ABORTED: stale `etag`. NOT_FOUND: there is none, which is
         also the answer to a repeat unless `allow_missing` is set.
@@ -133,8 +152,9 @@ class TaskServiceServicer(object):
     def StartTask(self, request, context):
         """Starts a new run. It waits in the queue while its device is busy.
 
-        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING. ABORTED: stale
-        `etag`. NOT_FOUND: no such task. Safe to repeat with the same `request_id`.
+        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
+        environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
+        `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,6 +215,11 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.ListTasks,
                     request_deserializer=finetuned_dot_v1_dot_task__service__pb2.ListTasksRequest.FromString,
                     response_serializer=finetuned_dot_v1_dot_task__service__pb2.ListTasksResponse.SerializeToString,
+            ),
+            'UpdateTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateTask,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.UpdateTaskRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.UpdateTaskResponse.SerializeToString,
             ),
             'DeleteTask': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteTask,
@@ -313,6 +338,33 @@ class TaskService(object):
             '/finetuned.v1.TaskService/ListTasks',
             finetuned_dot_v1_dot_task__service__pb2.ListTasksRequest.SerializeToString,
             finetuned_dot_v1_dot_task__service__pb2.ListTasksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.TaskService/UpdateTask',
+            finetuned_dot_v1_dot_task__service__pb2.UpdateTaskRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.UpdateTaskResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,15 +43,25 @@ class TaskServiceStub:
 
     Every field that is given is checked: its range, and the files and folders it names. Required fields may be missing
     unless `start` is set. INVALID_ARGUMENT names every wrong field, and nothing is written. ALREADY_EXISTS: the task id
-    or the display name is taken.
+    or the display name is taken. NOT_FOUND: no such template. FAILED_PRECONDITION: `update_template` with a preset, or with
+    `start` the training environment can't run (see CheckEnvironment).
     Safe to repeat with the same `request_id`: the first answer comes again. With another body it is INVALID_ARGUMENT.
     """
     GetTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.GetTaskRequest, _task_service_pb2.GetTaskResponse]
     """Gets one task. NOT_FOUND: there is none of that name. Safe to repeat."""
     ListTasks: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListTasksRequest, _task_service_pb2.ListTasksResponse]
     """Lists tasks, newest first. INVALID_ARGUMENT: a bad page token or size. Safe to repeat."""
+    UpdateTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.UpdateTaskRequest, _task_service_pb2.UpdateTaskResponse]
+    """Changes a task: its display name, device or parameters. Earlier runs keep the parameters they ran with, so that a start
+    after an edit is a new run with a history.
+
+    What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
+    FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template. ALREADY_EXISTS: the display name
+    is taken. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat.
+    """
     DeleteTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.DeleteTaskRequest, _task_service_pb2.DeleteTaskResponse]
-    """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays.
+    """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
+    `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
     FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first. ABORTED: stale `etag`. NOT_FOUND: there is none, which is
     also the answer to a repeat unless `allow_missing` is set.
@@ -59,8 +69,9 @@ class TaskServiceStub:
     StartTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.StartTaskRequest, _task_service_pb2.StartTaskResponse]
     """Starts a new run. It waits in the queue while its device is busy.
 
-    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING. ABORTED: stale
-    `etag`. NOT_FOUND: no such task. Safe to repeat with the same `request_id`.
+    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
+    environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
+    `request_id`.
     """
     StopTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.StopTaskRequest, _task_service_pb2.StopTaskResponse]
     """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
@@ -99,15 +110,25 @@ class TaskServiceAsyncStub(TaskServiceStub):
 
     Every field that is given is checked: its range, and the files and folders it names. Required fields may be missing
     unless `start` is set. INVALID_ARGUMENT names every wrong field, and nothing is written. ALREADY_EXISTS: the task id
-    or the display name is taken.
+    or the display name is taken. NOT_FOUND: no such template. FAILED_PRECONDITION: `update_template` with a preset, or with
+    `start` the training environment can't run (see CheckEnvironment).
     Safe to repeat with the same `request_id`: the first answer comes again. With another body it is INVALID_ARGUMENT.
     """
     GetTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.GetTaskRequest, _task_service_pb2.GetTaskResponse]  # type: ignore[assignment]
     """Gets one task. NOT_FOUND: there is none of that name. Safe to repeat."""
     ListTasks: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListTasksRequest, _task_service_pb2.ListTasksResponse]  # type: ignore[assignment]
     """Lists tasks, newest first. INVALID_ARGUMENT: a bad page token or size. Safe to repeat."""
+    UpdateTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.UpdateTaskRequest, _task_service_pb2.UpdateTaskResponse]  # type: ignore[assignment]
+    """Changes a task: its display name, device or parameters. Earlier runs keep the parameters they ran with, so that a start
+    after an edit is a new run with a history.
+
+    What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
+    FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template. ALREADY_EXISTS: the display name
+    is taken. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat.
+    """
     DeleteTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.DeleteTaskRequest, _task_service_pb2.DeleteTaskResponse]  # type: ignore[assignment]
-    """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays.
+    """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
+    `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
     FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first. ABORTED: stale `etag`. NOT_FOUND: there is none, which is
     also the answer to a repeat unless `allow_missing` is set.
@@ -115,8 +136,9 @@ class TaskServiceAsyncStub(TaskServiceStub):
     StartTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.StartTaskRequest, _task_service_pb2.StartTaskResponse]  # type: ignore[assignment]
     """Starts a new run. It waits in the queue while its device is busy.
 
-    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING. ABORTED: stale
-    `etag`. NOT_FOUND: no such task. Safe to repeat with the same `request_id`.
+    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
+    environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
+    `request_id`.
     """
     StopTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.StopTaskRequest, _task_service_pb2.StopTaskResponse]  # type: ignore[assignment]
     """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
@@ -158,7 +180,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Every field that is given is checked: its range, and the files and folders it names. Required fields may be missing
         unless `start` is set. INVALID_ARGUMENT names every wrong field, and nothing is written. ALREADY_EXISTS: the task id
-        or the display name is taken.
+        or the display name is taken. NOT_FOUND: no such template. FAILED_PRECONDITION: `update_template` with a preset, or with
+        `start` the training environment can't run (see CheckEnvironment).
         Safe to repeat with the same `request_id`: the first answer comes again. With another body it is INVALID_ARGUMENT.
         """
 
@@ -179,12 +202,27 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists tasks, newest first. INVALID_ARGUMENT: a bad page token or size. Safe to repeat."""
 
     @_abc_1.abstractmethod
+    def UpdateTask(
+        self,
+        request: _task_service_pb2.UpdateTaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.UpdateTaskResponse, _abc.Awaitable[_task_service_pb2.UpdateTaskResponse]]:
+        """Changes a task: its display name, device or parameters. Earlier runs keep the parameters they ran with, so that a start
+        after an edit is a new run with a history.
+
+        What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
+        FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template. ALREADY_EXISTS: the display name
+        is taken. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteTask(
         self,
         request: _task_service_pb2.DeleteTaskRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.DeleteTaskResponse, _abc.Awaitable[_task_service_pb2.DeleteTaskResponse]]:
-        """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays.
+        """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
+        `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
         FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first. ABORTED: stale `etag`. NOT_FOUND: there is none, which is
         also the answer to a repeat unless `allow_missing` is set.
@@ -198,8 +236,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_service_pb2.StartTaskResponse, _abc.Awaitable[_task_service_pb2.StartTaskResponse]]:
         """Starts a new run. It waits in the queue while its device is busy.
 
-        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING. ABORTED: stale
-        `etag`. NOT_FOUND: no such task. Safe to repeat with the same `request_id`.
+        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
+        environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
+        `request_id`.
         """
 
     @_abc_1.abstractmethod

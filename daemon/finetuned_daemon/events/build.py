@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -82,6 +84,11 @@ def result(
             detail=outcome.detail,
         ),
     )
+
+
+def task_edited(time_us: int, fields: Sequence[str]) -> event_pb2.Event:
+    """The event of a change of the task itself."""
+    return event_pb2.Event(time=timestamp(time_us), task_edited=event_pb2.TaskEdited(fields=fields))
 
 
 def state_value(state: TaskState) -> task_pb2.TaskState.ValueType:

@@ -108,6 +108,11 @@ class Spec(_Record):
 
     Checkpoints and the final model.
     """
+    checkpoint_quota: int | None = None
+    """Checkpoints that the run may save before it has to end; None: any number.
+
+    One in `control.json` takes its place. A stop saves all the same.
+    """
     parameters: Parameters
 
 
@@ -122,6 +127,8 @@ class Control(_Record):
     """What is wished of a run; the runner looks at it at every step and while it loads."""
 
     stop: StopWish | None = None
+    checkpoint_quota: int | None = None
+    """As in `Spec`, where it has changed since."""
 
 
 class Result(_Record):

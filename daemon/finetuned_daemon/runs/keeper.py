@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pydantic import ValidationError
@@ -31,6 +31,7 @@ from finetuned_daemon.runs.contract import (
 )
 from finetuned_daemon.runs.process import Exit
 from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.ledger import Ledger
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.tasks import ENDS, Run, Task, TaskState, check_transition, now_us
 
@@ -44,6 +45,7 @@ class Keeper:
         self._database = database
         self._records = records
         self._events = events
+        self._ledger = Ledger(database)
 
     def task_of(self, run: Run) -> Task:
         """The task of a run; there is always one."""
@@ -142,6 +144,7 @@ class Keeper:
         events = list[event_pb2.Event]()
         changes = dict[str, object]()
         durable = False
+        saved = list[CheckpointSaved]()
         seq = run.ingested_seq
         if new.garbled:
             events.append(self._remark(run, f"{new.garbled} unreadable lines in its event file"))
@@ -159,13 +162,20 @@ class Keeper:
                 continue
             if isinstance(payload, PhaseChange) and payload.phase is RunPhase.STARTING:
                 continue  # said already, when the process was about to start
+            if isinstance(payload, CheckpointSaved):
+                saved.append(payload)
             durable |= isinstance(payload, PhaseChange | CheckpointSaved | CheckpointDeleted)
             events.append(build.reported(int(line.time * 1e6), run.number, payload))
             changes |= _changes(payload, run)
-        run = replace(run, ingested_bytes=new.end, ingested_seq=seq)
+        run = replace(
+            run,
+            ingested_bytes=new.end,
+            ingested_seq=seq,
+            saved_checkpoints=run.saved_checkpoints + len(saved),
+        )
         of_run = {k: v for k, v in changes.items() if k in ("progress", "last_checkpoint")}
         run = replace(run, **of_run)  # type: ignore[arg-type]
-        self._change(run, events, durable=durable, **changes)
+        self._change(run, events, durable=durable, saved=saved, **changes)
         return run, new.more
 
     def ended(self, run: Run, outcome: Result, exit_: Exit) -> Run:
@@ -219,11 +229,26 @@ class Keeper:
         return build.reported(now_us(), run.number, line)
 
     def _change(
-        self, run: Run, events: list[event_pb2.Event], *, durable: bool = True, **changes: object
+        self,
+        run: Run,
+        events: list[event_pb2.Event],
+        *,
+        durable: bool = True,
+        saved: Sequence[CheckpointSaved] = (),
+        **changes: object,
     ) -> None:
         with self._database.transaction(durable=durable) as connection:
             self._records.save_run(connection, run)
             task = self.task_of(run)
+            for checkpoint in saved:
+                self._ledger.enter(
+                    connection,
+                    time=now_us(),
+                    task_id=task.task_id,
+                    run=run.number,
+                    step=checkpoint.step,
+                    path=checkpoint.path,
+                )
             if changes.keys() - {"progress"}:
                 changes = {"update_time": now_us(), "revision": task.revision + 1, **changes}
             self._records.save_task(connection, replace(task, **changes))  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ from finetuned_daemon.runs.contract import (
 from finetuned_daemon.runs.keeper import Keeper
 from finetuned_daemon.runs.outcome import Evidence, decide
 from finetuned_daemon.runs.process import Exit, RunnerProcess
+from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.tasks import Run
 
 _log = logging.getLogger(__name__)
@@ -55,15 +56,20 @@ class _Live:
     After a restart of the daemon they count anew.
     """
     signals: list[signal.Signals] = field(default_factory=list)
+    checkpoint_quota: int | None = None
+    """What it was last told that it may save."""
     watcher: asyncio.Task[None] | None = None
 
 
 class Supervisor:
     """The runs that are alive, each watched by one asyncio task."""
 
-    def __init__(self, config: Config, keeper: Keeper, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, config: Config, keeper: Keeper, quota: Quota, on_end: Callable[[], None]
+    ) -> None:
         self._config = config
         self._keeper = keeper
+        self._quota = quota
         self._on_end = on_end
         self._live: dict[int, _Live] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -118,6 +124,14 @@ class Supervisor:
             self._tell(live)
         return live.run
 
+    def share_quota(self) -> None:
+        """Tells each live run what it may save, where that has changed with the other runs."""
+        for live in self._live.values():
+            quota = self._quota.of(live.run)
+            if quota is not None and quota != live.checkpoint_quota and live.run.stop is None:
+                live.checkpoint_quota = quota
+                self._write_control(live)
+
     async def close(self) -> None:
         """Stops watching. Runs go on; the next daemon takes them over."""
         watchers = [live.watcher for live in self._live.values() if live.watcher]
@@ -142,6 +156,7 @@ class Supervisor:
                 device=run.device,
                 num_threads=_num_threads(),
                 output_dir=run.output_dir,
+                checkpoint_quota=self._quota.of(run),
                 parameters=run.parameters,
             )
             bundle.create(spec)
@@ -167,7 +182,9 @@ class Supervisor:
             # It runs; who it is stands in process.json too, and is recorded with its first events.
             _log.error("%s", error)
             run = replace(run, identity=process.identity)
-        self._watch(_Live(run, bundle, process, was_alive=True))
+        self._watch(
+            _Live(run, bundle, process, was_alive=True, checkpoint_quota=spec.checkpoint_quota)
+        )
 
     # --- watch
 
@@ -237,12 +254,19 @@ class Supervisor:
 
     def _tell(self, live: _Live) -> None:
         live.stop_since = time.monotonic()
-        try:
-            live.bundle.write_control(Control(stop=live.run.stop))
-        except OSError as error:  # a full disk; the signal says the same: save and end
-            _log.warning("the wish can't be written (%s), so SIGTERM says it", error)
+        if not self._write_control(live):  # the signal says the same: save and end
             live.signals.append(signal.SIGTERM)
             live.process.signal_group(signal.SIGTERM)
+
+    def _write_control(self, live: _Live) -> bool:
+        try:
+            live.bundle.write_control(
+                Control(stop=live.run.stop, checkpoint_quota=live.checkpoint_quota)
+            )
+        except OSError as error:  # a full disk
+            _log.warning("run %d can't be told anything: %s", live.run.key, error)
+            return False
+        return True
 
     def _patience(self, wish: StopWish) -> float:
         if wish is StopWish.SAVE:

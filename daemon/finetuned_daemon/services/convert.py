@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from finetuned.v1 import system_service_pb2, task_pb2
+from google.protobuf import duration_pb2
+
+from finetuned.v1 import (
+    parameter_service_pb2,
+    system_service_pb2,
+    task_pb2,
+    template_service_pb2,
+)
 from finetuned_daemon.devices import Device
+from finetuned_daemon.environment.model import CheckStatus, Report
+from finetuned_daemon.errors import Violation
 from finetuned_daemon.events.build import (
     end_reason_value,
     phase_value,
@@ -11,8 +20,12 @@ from finetuned_daemon.events.build import (
     timestamp,
 )
 from finetuned_daemon.parameters import protos
+from finetuned_daemon.parameters.schema import json_value
+from finetuned_daemon.planner import Estimate
 from finetuned_daemon.runs.contract import Progress, TrainingType
 from finetuned_daemon.tasks import Run, Task, TaskState
+from finetuned_daemon.templates import Template
+from finetuned_daemon.texts import Language
 
 # Looked up rather than named: a client may send any number.
 _TRAINING_TYPES: dict[int, TrainingType] = {
@@ -43,6 +56,33 @@ def task(record: Task, queue_position: int) -> task_pb2.Task:
         last_seq=record.last_seq,
         queue_position=queue_position,
         etag=record.etag,
+        template=record.template,
+    )
+
+
+def template(record: Template) -> template_service_pb2.Template:
+    """A template as clients see it."""
+    return template_service_pb2.Template(
+        name=record.name,
+        display_name=record.display_name,
+        training_type=task_pb2.TrainingType.Value(f"TRAINING_TYPE_{record.training_type.value}"),
+        parameters=protos.to_proto(record.parameters),
+        preset=record.is_preset,
+        create_time=timestamp(record.create_time) if record.create_time else None,
+        update_time=timestamp(record.update_time) if record.update_time else None,
+        etag=record.etag,
+    )
+
+
+def violation(record: Violation, speaking: Language) -> parameter_service_pb2.ParameterViolation:
+    """A violation of parameters, in one language."""
+    return parameter_service_pb2.ParameterViolation(
+        field=record.field,
+        reason=record.reason,
+        message=record.message.within(speaking),
+        severity=parameter_service_pb2.Severity.Value(f"SEVERITY_{record.severity.value}"),
+        suggested_value=None if record.suggested is None else json_value(record.suggested),
+        suggested_field=record.suggested_field,
     )
 
 
@@ -99,4 +139,78 @@ def device(record: Device, running_task: str, queued: int) -> system_service_pb2
         driver_version=record.driver_version,
         running_task=running_task,
         queued_tasks=queued,
+    )
+
+
+def environment(record: Report, speaking: Language) -> system_service_pb2.CheckEnvironmentResponse:
+    """A check of the environment, with its sentences in one language."""
+    return system_service_pb2.CheckEnvironmentResponse(
+        status=_check_status(record.status),
+        items=[
+            system_service_pb2.EnvironmentItem(
+                name=item.name,
+                status=_check_status(item.status),
+                found=item.found,
+                wanted=item.wanted,
+                message=item.message.within(speaking),
+                remedy=item.remedy.within(speaking),
+                reason=item.reason,
+            )
+            for item in record.items
+        ],
+        devices=[
+            system_service_pb2.DeviceCapability(
+                device=device,
+                bf16=can.bf16,
+                fp16=can.fp16,
+                tf32=can.tf32,
+                four_bit=can.four_bit,
+                eight_bit_optimizer=can.eight_bit_optimizer,
+            )
+            for device, can in record.capabilities.items()
+        ],
+        runner_python=record.runner_python,
+        check_time=timestamp(record.check_time),
+    )
+
+
+def _check_status(status: CheckStatus) -> system_service_pb2.CheckStatus.ValueType:
+    return system_service_pb2.CheckStatus.Value(f"CHECK_STATUS_{status.value}")
+
+
+def estimate(record: Estimate, speaking: Language) -> parameter_service_pb2.EstimateTaskResponse:
+    """An estimate, with its sentences in one language."""
+    plan = record.plan
+    duration = None
+    if plan.duration_seconds is not None:
+        duration = duration_pb2.Duration()
+        duration.FromNanoseconds(int(plan.duration_seconds * 1e9))
+    return parameter_service_pb2.EstimateTaskResponse(
+        train_samples=plan.train_samples,
+        eval_samples=plan.eval_samples,
+        train_tokens=plan.train_tokens,
+        cut_samples=plan.cut_samples,
+        dropped_samples=plan.dropped_samples,
+        exact=plan.exact,
+        total_steps=plan.schedule.total_steps,
+        steps_per_epoch=plan.schedule.steps_per_epoch,
+        run_steps=plan.schedule.run_steps,
+        checkpoints=plan.schedule.checkpoints,
+        kept_checkpoints=plan.schedule.kept_checkpoints,
+        quota_left=record.quota_left,
+        disk_bytes=plan.disk_bytes,
+        checkpoint_bytes=plan.disk.checkpoint_bytes,
+        disk_free_bytes=plan.disk_free_bytes,
+        trainable_parameters=plan.trainable_parameters,
+        total_parameters=plan.total_parameters,
+        peak_memory_bytes=plan.peak_memory_bytes,
+        memory_parts=[
+            parameter_service_pb2.MemoryPart(name=name, bytes=size)
+            for name, size in sorted(plan.memory.parts.items(), key=lambda part: -part[1])
+        ],
+        memory_total_bytes=plan.memory_total_bytes,
+        memory_free_bytes=plan.memory_free_bytes,
+        duration=duration,
+        device=record.device.id,
+        violations=[violation(v, speaking) for v in record.violations],
     )

@@ -27,9 +27,11 @@ from finetuned_daemon.errors import (
     NotFound,
     StaleEtag,
     Stopping,
+    TooMany,
     Violation,
     WrongState,
 )
+from finetuned_daemon.texts import Language, Text, choose_language
 
 DOMAIN = "finetuned"
 
@@ -41,6 +43,7 @@ CODES: dict[type[DaemonError], int] = {
     StaleEtag: code_pb2.ABORTED,
     CursorOutOfRange: code_pb2.OUT_OF_RANGE,
     DiskFull: code_pb2.RESOURCE_EXHAUSTED,
+    TooMany: code_pb2.RESOURCE_EXHAUSTED,
     Stopping: code_pb2.UNAVAILABLE,
 }
 
@@ -51,11 +54,14 @@ _MOST_MESSAGE = 600
 _MOST_DETAIL = 4500
 
 
-def to_status(error: DaemonError) -> status_pb2.Status:
-    """The status with its typed details, short enough for the trailers of an answer."""
+def to_status(error: DaemonError, speaking: Language = "en") -> status_pb2.Status:
+    """The status with its typed details, short enough for the trailers of an answer.
+
+    Sentences on fields come in the caller's language, all else in English with a stable reason.
+    """
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if isinstance(error, InvalidRequest):
-        details.append(_bad_request(error.violations))
+        details.append(_bad_request(error.violations, speaking))
     elif isinstance(error, NotFound | AlreadyExists):
         details.append(
             error_details_pb2.ResourceInfo(
@@ -82,14 +88,18 @@ def to_status(error: DaemonError) -> status_pb2.Status:
     return status
 
 
-def _bad_request(violations: Sequence[Violation]) -> error_details_pb2.BadRequest:
+def _bad_request(
+    violations: Sequence[Violation], speaking: Language
+) -> error_details_pb2.BadRequest:
     """All fields with their reasons; sentences are cut where they are too long together."""
     most = 400
     while True:
         result = error_details_pb2.BadRequest(
             field_violations=[
                 error_details_pb2.BadRequest.FieldViolation(
-                    field=_short(v.field, 80), description=_short(v.message, most), reason=v.reason
+                    field=_short(v.field, 80),
+                    description=_short(v.message.within(speaking), most),
+                    reason=v.reason,
                 )
                 for v in violations
             ]
@@ -111,6 +121,14 @@ def _short(text: str, most: int) -> str:
         return text
     half = (most - 5) // 2
     return f"{data[:half].decode(errors='ignore')} ... {data[-half:].decode(errors='ignore')}"
+
+
+def language(context: aio.ServicerContext[Any, Any]) -> Language:
+    """The language that a caller asks for by the metadata `accept-language`."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "accept-language" and isinstance(value, str):
+            return choose_language(value)
+    return "en"
 
 
 class Malformed:
@@ -172,7 +190,8 @@ class Edge(aio.ServerInterceptor):
                 try:
                     return await behaviour(request, context)
                 except DaemonError as error:
-                    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+                    status = to_status(error, language(context))
+                    await context.abort_with_status(rpc_status.to_status(status))
 
         return call
 
@@ -184,7 +203,8 @@ class Edge(aio.ServerInterceptor):
                     async for response in behaviour(request, context):
                         yield response
                 except DaemonError as error:
-                    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+                    status = to_status(error, language(context))
+                    await context.abort_with_status(rpc_status.to_status(status))
 
         return call
 
@@ -202,10 +222,10 @@ class Edge(aio.ServerInterceptor):
                 "`token` in the daemon's runtime folder",
             )
         if isinstance(request, Malformed):
-            violation = Violation("", "the request is no such message", "MALFORMED")
-            await context.abort_with_status(
-                rpc_status.to_status(to_status(InvalidRequest([violation])))
-            )
+            text = Text("the request is no such message", "请求不是这种消息")
+            error = InvalidRequest([Violation("", text, "MALFORMED")])
+            status = to_status(error, language(context))
+            await context.abort_with_status(rpc_status.to_status(status))
 
 
 def _forgiving(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -16,9 +16,12 @@ from finetuned._version import __version__
 from finetuned.v1 import system_service_pb2, system_service_pb2_grpc
 from finetuned_daemon.config import Config
 from finetuned_daemon.devices import list_devices
+from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.events.build import timestamp
 from finetuned_daemon.manager import Manager
+from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.services import convert
+from finetuned_daemon.services.edge import language
 from finetuned_daemon.tasks import TaskState, now_us
 
 _Context = aio.ServicerContext[Any, Any]
@@ -31,6 +34,8 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
         self,
         config: Config,
         manager: Manager,
+        quota: Quota,
+        environment: Environment,
         *,
         addresses: Sequence[str],
         schema_version: int,
@@ -38,6 +43,8 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
     ) -> None:
         self._config = config
         self._manager = manager
+        self._quota = quota
+        self._environment = environment
         self._addresses = addresses
         self._schema_version = schema_version
         self._shut_down = shut_down
@@ -86,6 +93,19 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
                 )
                 for device in devices
             ]
+        )
+
+    async def CheckEnvironment(  # noqa: N802, D102
+        self, request: system_service_pb2.CheckEnvironmentRequest, context: _Context
+    ) -> system_service_pb2.CheckEnvironmentResponse:
+        report = await self._environment.check(refresh=request.refresh)
+        return convert.environment(report, language(context))
+
+    async def GetQuota(  # noqa: N802, D102
+        self, request: system_service_pb2.GetQuotaRequest, context: _Context
+    ) -> system_service_pb2.GetQuotaResponse:
+        return system_service_pb2.GetQuotaResponse(
+            limit=self._quota.limit, used=self._quota.used, reserved=self._quota.reserved()
         )
 
     async def Shutdown(  # noqa: N802, D102

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,14 +12,20 @@ from finetuned.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
 from finetuned_daemon.errors import InvalidRequest, Stopping, Violation
 from finetuned_daemon.events.build import timestamp
 from finetuned_daemon.events.log import PAGE
-from finetuned_daemon.manager import Manager, NewTask, RequestId, check_request_id
+from finetuned_daemon.manager import Edit, Manager, NewTask
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.services import convert
+from finetuned_daemon.services.paging import (
+    check_page_size,
+    negative,
+    not_negative,
+    page_token,
+)
+from finetuned_daemon.services.repeats import request_id
 from finetuned_daemon.tasks import Task, TaskState, now_us
+from finetuned_daemon.texts import Text
 
 _Context = aio.ServicerContext[Any, Any]
-
-_LARGEST_PAGE = 1000
 
 
 class TaskService(task_service_pb2_grpc.TaskServiceServicer):
@@ -42,15 +47,17 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
                 parameters=protos.to_dict(request.task.parameters),
                 display_name=request.task.display_name,
                 device=request.task.device,
+                template=request.task.template,
                 task_id=request.task_id,
             ),
             start=request.start,
             validate_only=request.validate_only,
-            request=self._request_id(request, task_service_pb2.CreateTaskResponse),
+            update_template=request.update_template,
+            request=request_id(request, self._created),
         )
         if isinstance(answer, bytes):
             return task_service_pb2.CreateTaskResponse.FromString(answer)
-        return task_service_pb2.CreateTaskResponse(task=self._encode(answer))
+        return self._created(answer)
 
     async def GetTask(  # noqa: N802, D102
         self, request: task_service_pb2.GetTaskRequest, context: _Context
@@ -60,15 +67,19 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     async def ListTasks(  # noqa: N802, D102
         self, request: task_service_pb2.ListTasksRequest, context: _Context
     ) -> task_service_pb2.ListTasksResponse:
-        violations = _check_page_size(request.page_size)
+        violations = check_page_size(request.page_size)
         states = list[TaskState]()
         for value in request.states:
             state = convert.state(value)
             if state is None:
-                violations.append(Violation("states", f"{value} is no state", "NOT_A_CHOICE"))
+                violations.append(
+                    Violation(
+                        "states", Text(f"{value} is no state", f"没有状态 {value}"), "NOT_A_CHOICE"
+                    )
+                )
             else:
                 states.append(state)
-        before_key = _page_token(request.page_token, violations)
+        before_key = page_token(request.page_token, violations)
         if violations:
             raise InvalidRequest(violations)
         size = request.page_size or 100
@@ -83,11 +94,38 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             next_page_token=str(tasks[size - 1].key) if len(tasks) > size else "",
         )
 
+    async def UpdateTask(  # noqa: N802, D102
+        self, request: task_service_pb2.UpdateTaskRequest, context: _Context
+    ) -> task_service_pb2.UpdateTaskResponse:
+        task = await self._manager.update(
+            request.task.name,
+            Edit(
+                parameters=protos.to_dict(request.task.parameters),
+                display_name=request.task.display_name,
+                device=request.task.device,
+                template=request.task.template,
+                paths=list(request.update_mask.paths),
+            ),
+            etag=request.task.etag,
+            update_template=request.update_template,
+            validate_only=request.validate_only,
+        )
+        return task_service_pb2.UpdateTaskResponse(task=self._encode(task))
+
     async def DeleteTask(  # noqa: N802, D102
         self, request: task_service_pb2.DeleteTaskRequest, context: _Context
     ) -> task_service_pb2.DeleteTaskResponse:
-        self._manager.delete(request.name, etag=request.etag, allow_missing=request.allow_missing)
-        return task_service_pb2.DeleteTaskResponse()
+        deleted = await self._manager.delete(
+            request.name,
+            etag=request.etag,
+            allow_missing=request.allow_missing,
+            with_outputs=request.delete_outputs,
+        )
+        return task_service_pb2.DeleteTaskResponse(
+            deleted_files=deleted.files,
+            deleted_bytes=deleted.bytes,
+            left_output_dirs=deleted.left,
+        )
 
     async def StartTask(  # noqa: N802, D102
         self, request: task_service_pb2.StartTaskRequest, context: _Context
@@ -95,11 +133,11 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         answer = await self._manager.start(
             request.name,
             etag=request.etag,
-            request=self._request_id(request, task_service_pb2.StartTaskResponse),
+            request=request_id(request, self._started),
         )
         if isinstance(answer, bytes):
             return task_service_pb2.StartTaskResponse.FromString(answer)
-        return task_service_pb2.StartTaskResponse(task=self._encode(answer))
+        return self._started(answer)
 
     async def StopTask(  # noqa: N802, D102
         self, request: task_service_pb2.StopTaskRequest, context: _Context
@@ -112,7 +150,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     ) -> AsyncIterator[task_service_pb2.WatchTaskResponse]:
         task = self._manager.get(request.name)
         events = self._manager.events
-        cursor = _not_negative("after_seq", request.after_seq)
+        cursor = not_negative("after_seq", request.after_seq)
         events.check_cursor(cursor, task.last_seq, request.log_epoch)
         yield task_service_pb2.WatchTaskResponse(
             snapshot=task_service_pb2.Snapshot(task=self._encode(task), log_epoch=events.epoch)
@@ -140,8 +178,8 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     async def ListRuns(  # noqa: N802, D102
         self, request: task_service_pb2.ListRunsRequest, context: _Context
     ) -> task_service_pb2.ListRunsResponse:
-        violations = _check_page_size(request.page_size)
-        before = _page_token(request.page_token, violations)
+        violations = check_page_size(request.page_size)
+        before = page_token(request.page_token, violations)
         if violations:
             raise InvalidRequest(violations)
         task = self._manager.get(request.parent)
@@ -155,14 +193,14 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     async def ListEvents(  # noqa: N802, D102
         self, request: task_service_pb2.ListEventsRequest, context: _Context
     ) -> task_service_pb2.ListEventsResponse:
-        violations = _check_page_size(request.page_size)
+        violations = check_page_size(request.page_size)
         if request.run < 0:
-            violations.append(Violation("run", "must not be negative", "OUT_OF_RANGE"))
+            violations.append(negative("run", request.run))
         if violations:
             raise InvalidRequest(violations)
         task = self._manager.get(request.parent)
         events = self._manager.events
-        after_seq = _not_negative("after_seq", request.after_seq)
+        after_seq = not_negative("after_seq", request.after_seq)
         events.check_cursor(after_seq, task.last_seq)
         return task_service_pb2.ListEventsResponse(
             events=events.read(task.key, after_seq, request.page_size or 500, request.run),
@@ -173,48 +211,8 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     def _encode(self, task: Task) -> task_pb2.Task:
         return convert.task(task, self._manager.queue_position(task))
 
-    def _request_id(
-        self,
-        request: task_service_pb2.CreateTaskRequest | task_service_pb2.StartTaskRequest,
-        answer: type[task_service_pb2.CreateTaskResponse | task_service_pb2.StartTaskResponse],
-    ) -> RequestId | None:
-        if not request.request_id:
-            return None
-        violations = check_request_id(request.request_id)
-        if violations:
-            raise InvalidRequest(violations)
-        body = copy.deepcopy(request)
-        body.ClearField("request_id")
-        name = type(request).DESCRIPTOR.name.encode()
-        return RequestId(
-            request.request_id,
-            name + b"\0" + body.SerializeToString(deterministic=True),
-            lambda task: answer(task=self._encode(task)).SerializeToString(),
-        )
+    def _created(self, task: Task) -> task_service_pb2.CreateTaskResponse:
+        return task_service_pb2.CreateTaskResponse(task=self._encode(task))
 
-
-def _check_page_size(size: int) -> list[Violation]:
-    if 0 <= size <= _LARGEST_PAGE:
-        return []
-    return [
-        Violation("page_size", f"must be from 0 to {_LARGEST_PAGE}, not {size}", "OUT_OF_RANGE")
-    ]
-
-
-def _page_token(token: str, violations: list[Violation]) -> int:
-    if not token:
-        return 0
-    if token.isascii() and token.isdigit() and len(token) < 19 and int(token) > 0:
-        return int(token)
-    violations.append(
-        Violation("page_token", "must be the next_page_token of an answer", "BAD_PAGE_TOKEN")
-    )
-    return 0
-
-
-def _not_negative(field: str, value: int) -> int:
-    if value < 0:
-        raise InvalidRequest(
-            [Violation(field, f"must not be negative, not {value}", "OUT_OF_RANGE")]
-        )
-    return value
+    def _started(self, task: Task) -> task_service_pb2.StartTaskResponse:
+        return task_service_pb2.StartTaskResponse(task=self._encode(task))

@@ -68,14 +68,14 @@ class Records:
     def insert_task(self, connection: sqlite3.Connection, task: Task) -> Task:
         """Writes a new task; returns it with its key."""
         columns = _task_columns(task)
-        cursor = connection.execute(_insert("tasks", columns), columns)
+        cursor = connection.execute(insert("tasks", columns), columns)
         return replace(task, key=int(cursor.lastrowid or 0))
 
     def save_task(self, connection: sqlite3.Connection, task: Task) -> None:
         """Writes all of a task but `last_seq`, which belongs to the event log."""
         columns = _task_columns(task)
         del columns["last_seq"]
-        connection.execute(_update("tasks", columns), {**columns, "key": task.key})
+        connection.execute(update("tasks", columns), {**columns, "key": task.key})
 
     def delete_task(self, connection: sqlite3.Connection, task: Task) -> None:
         """Deletes a task with its runs and events."""
@@ -109,18 +109,47 @@ class Records:
         )
         return [_run(row) for row in rows]
 
+    def tasks_with_outputs_below(self, folder: str) -> list[str]:
+        """Ids of the tasks whose runs have output folders below a folder, by id."""
+        rows = self._database.query(
+            "SELECT DISTINCT tasks.task_id FROM runs JOIN tasks ON tasks.key = task_key "
+            "WHERE runs.output_dir > ? AND runs.output_dir < ? ORDER BY tasks.task_id LIMIT 100",
+            f"{folder}/",
+            f"{folder}0",  # "0" follows "/"
+        )
+        return [row["task_id"] for row in rows]
+
+    def speed(self, *, model_path: str, training_type: TrainingType, device: str) -> list[Run]:
+        """The latest completed runs of a device that measured a speed, newest first."""
+        rows = self._database.query(
+            "SELECT runs.* FROM runs JOIN tasks ON tasks.key = task_key "
+            "WHERE runs.state = 'COMPLETED' AND runs.device = ? AND tasks.training_type = ? "
+            "AND json_extract(runs.parameters, '$.data.model_path') = ? "
+            "AND json_extract(runs.progress, '$.tokens_per_second') > 0 "
+            "ORDER BY runs.key DESC LIMIT 20",
+            device,
+            training_type.value,
+            model_path,
+        )
+        return [_run(row) for row in rows]
+
     def insert_run(self, connection: sqlite3.Connection, run: Run) -> Run:
         """Writes a new run; returns it with its key."""
         columns = _run_columns(run)
-        cursor = connection.execute(_insert("runs", columns), columns)
+        cursor = connection.execute(insert("runs", columns), columns)
         return replace(run, key=int(cursor.lastrowid or 0))
 
     def save_run(self, connection: sqlite3.Connection, run: Run) -> None:
         """Writes all of a run."""
         columns = _run_columns(run)
-        connection.execute(_update("runs", columns), {**columns, "key": run.key})
+        connection.execute(update("runs", columns), {**columns, "key": run.key})
 
-    # --- answered requests
+
+class Answers:
+    """Answers by request id."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     def answer(self, request_id: str) -> tuple[bytes, bytes] | None:
         """Digest of the request and serialized answer, if this id was answered."""
@@ -129,7 +158,7 @@ class Records:
         )
         return None if row is None else (bytes(row["digest"]), bytes(row["answer"]))
 
-    def save_answer(
+    def save(
         self,
         connection: sqlite3.Connection,
         request_id: str,
@@ -147,12 +176,14 @@ class Records:
         )
 
 
-def _insert(table: str, columns: dict[str, object]) -> str:
+def insert(table: str, columns: dict[str, object]) -> str:
+    """The statement that inserts a row of these columns."""
     names = ", ".join(columns)
     return f"INSERT INTO {table} ({names}) VALUES ({', '.join(f':{c}' for c in columns)})"  # noqa: S608 - names are ours
 
 
-def _update(table: str, columns: dict[str, object]) -> str:
+def update(table: str, columns: dict[str, object]) -> str:
+    """The statement that replaces these columns of the row `key`."""
     return f"UPDATE {table} SET {', '.join(f'{c} = :{c}' for c in columns)} WHERE key = :key"  # noqa: S608 - names are ours
 
 
@@ -163,6 +194,7 @@ def _task_columns(task: Task) -> dict[str, object]:
         "training_type": task.training_type.value,
         "parameters": task.parameters.model_dump_json(),
         "device": task.device,
+        "template": task.template,
         "state": task.state.value,
         "phase": task.phase,
         "end_reason": task.end_reason,
@@ -187,6 +219,7 @@ def _task(row: sqlite3.Row) -> Task:
         training_type=TrainingType(row["training_type"]),
         parameters=Parameters.model_validate_json(row["parameters"]),
         device=row["device"],
+        template=row["template"],
         state=TaskState(row["state"]),
         phase=RunPhase(row["phase"]) if row["phase"] else None,
         end_reason=EndReason(row["end_reason"]) if row["end_reason"] else None,
@@ -224,6 +257,8 @@ def _run_columns(run: Run) -> dict[str, object]:
         "output_dir": run.output_dir,
         "stop": run.stop,
         "stop_time": run.stop_time,
+        "planned_checkpoints": run.planned_checkpoints,
+        "saved_checkpoints": run.saved_checkpoints,
         "ingested_bytes": run.ingested_bytes,
         "ingested_seq": run.ingested_seq,
     }
@@ -252,6 +287,8 @@ def _run(row: sqlite3.Row) -> Run:
         output_dir=row["output_dir"],
         stop=StopWish(row["stop"]) if row["stop"] else None,
         stop_time=row["stop_time"],
+        planned_checkpoints=row["planned_checkpoints"],
+        saved_checkpoints=row["saved_checkpoints"],
         ingested_bytes=row["ingested_bytes"],
         ingested_seq=row["ingested_seq"],
     )

@@ -1,0 +1,299 @@
+"""Reads data files sample by sample: the one reader, for checks, inspections and runs.
+
+Fine-tuning: a chat a record. Pretraining: a document a record, `{"text": "..."}`, or a `.txt` file
+that is one document. Records stand one a line (JSONL), or in one JSON array over any number of
+lines. `formats` says what a record may be.
+
+Files are streamed: memory holds one record, or the one document of a `.txt` file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from finetuned_daemon.dataset.formats import (
+    BadRecord,
+    Chat,
+    DataFormat,
+    Document,
+    Record,
+    to_chat,
+    to_document,
+)
+from finetuned_daemon.texts import NOTHING, Text
+
+LARGEST_RECORD = 64 << 20
+"""Bytes; a longer record is a bad line."""
+
+_CHUNK = 1 << 20
+_EXCERPT_CHARACTERS = 200
+_BLANKS = b" \t\r\n"
+
+_ARRAY_BEGINNING = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*(?P<bracket>\[)[ \t\r\n]*(?:\{|\Z)")
+_OUTSIDE = re.compile(rb'["{}\[\],]')
+_IN_STRING = re.compile(rb'["\\]')
+_ARRAY_NOT_CLOSED = Text(
+    "not JSON (the array is not closed: is the file whole?)",
+    "不是 JSON（数组没有结束：文件是否完整？）",
+)
+_AFTER_ARRAY = Text(
+    "not JSON (this stands behind the end of the array)", "不是 JSON（此处内容位于数组结束之后）"
+)
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that can't be used, and why."""
+
+    line: int
+    byte_offset: int
+    reason: str
+    """Stable, in capitals."""
+    message: Text
+    excerpt: str
+    """How it begins."""
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message.en}"
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """The bytes of one record, or the beginning of one that is too long."""
+
+    line: int
+    byte_offset: int
+    data: bytes
+    is_too_long: bool = False
+    flaw: Text = NOTHING
+    """What is wrong with the array at this place; empty: nothing is."""
+
+    def bad(self, reason: str, message: Text) -> BadLine:
+        """A bad line of these bytes."""
+        beginning = self.data[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "replace").strip()
+        return BadLine(
+            self.line, self.byte_offset, reason, message, beginning[:_EXCERPT_CHARACTERS]
+        )
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a file of documents is read as one plain text rather than as records."""
+    return path.suffix.lower() == ".txt"
+
+
+def read_chats(path: Path) -> Iterator[Chat | BadLine]:
+    """Yields every chat of a file in order, and every line that is none.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    for raw in _read_raw(path):
+        try:
+            kind, messages = to_chat(_parse(raw))
+        except BadRecord as error:
+            yield raw.bad(error.reason, error.message)
+        else:
+            yield Chat(raw.line, messages, kind, raw.byte_offset)
+
+
+def read_documents(path: Path) -> Iterator[Document | BadLine]:
+    """Yields every document of a file in order, and every line that is none.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    if is_plain_text(path):
+        yield from _read_plain_text(path)
+        return
+    for raw in _read_raw(path):
+        try:
+            text = to_document(_parse(raw))
+        except BadRecord as error:
+            yield raw.bad(error.reason, error.message)
+        else:
+            yield Document(raw.line, text, byte_offset=raw.byte_offset)
+
+
+def _read_plain_text(path: Path) -> Iterator[Document | BadLine]:
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        start = error.start + (len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0)
+        line_start = raw.rfind(b"\n", 0, start) + 1
+        line = _Raw(
+            raw.count(b"\n", 0, line_start) + 1,
+            line_start,
+            raw[line_start : line_start + _CHUNK].partition(b"\n")[0],
+        )
+        yield line.bad("NOT_UTF8", _not_utf8(error.reason, start - line_start))
+        return
+    del raw
+    if text.strip():
+        yield Document(1, text, DataFormat.PLAIN_TEXT)
+
+
+def _parse(raw: _Raw) -> Record:
+    if raw.is_too_long:
+        size = LARGEST_RECORD >> 20
+        raise BadRecord("TOO_LONG", Text(f"longer than {size} MiB", f"超过 {size} MiB"))
+    if raw.flaw is not NOTHING:
+        raise BadRecord("NOT_JSON", raw.flaw)
+    try:
+        value: object = json.loads(raw.data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRecord("NOT_UTF8", _not_utf8(error.reason, error.start)) from None
+    except json.JSONDecodeError as error:
+        raise BadRecord("NOT_JSON", _not_json(raw, error)) from None
+    except (RecursionError, ValueError) as error:  # too deep; a number of thousands of digits
+        raise BadRecord("NOT_JSON", Text(f"not JSON ({error})", f"不是 JSON（{error}）")) from None
+    if not isinstance(value, dict):
+        raise BadRecord("NOT_AN_OBJECT", Text("not a JSON object", "不是 JSON 对象"))
+    return cast("Record", value)
+
+
+def _not_utf8(why: str, index: int) -> Text:
+    return Text(
+        f"not UTF-8 ({why} at byte {index + 1})", f"不是 UTF-8（第 {index + 1} 字节：{why}）"
+    )
+
+
+def _not_json(raw: _Raw, error: json.JSONDecodeError) -> Text:
+    if error.lineno == 1:
+        return Text(
+            f"not JSON ({error.msg} at column {error.colno})",
+            f"不是 JSON（第 {error.colno} 列：{error.msg}）",
+        )
+    line = raw.line + error.lineno - 1
+    return Text(
+        f"not JSON ({error.msg} at line {line}, column {error.colno})",
+        f"不是 JSON（第 {line} 行第 {error.colno} 列：{error.msg}）",
+    )
+
+
+# --- records as bytes
+
+
+def _read_raw(path: Path) -> Iterator[_Raw]:
+    with path.open("rb") as file:
+        array_start = _array_start(file)
+        if array_start is None:
+            yield from _read_lines(file)
+        else:
+            yield from _ArraySplitter(file, array_start).split()
+
+
+def _array_start(file: BinaryIO) -> int | None:
+    """Offset of the bracket that opens an array of records; None where the file holds lines.
+
+    A line may be an array too, by mistake: what an array of records begins with is an object.
+    """
+    head = file.read(_CHUNK)
+    file.seek(0)
+    match = _ARRAY_BEGINNING.match(head)
+    return match.start("bracket") if match else None
+
+
+def _read_lines(file: BinaryIO) -> Iterator[_Raw]:
+    number = offset = 0
+    while data := file.readline(LARGEST_RECORD + 1):
+        number += 1
+        start = offset
+        offset += len(data)
+        is_too_long = len(data) > LARGEST_RECORD and not data.endswith(b"\n")
+        if is_too_long:
+            data = data[:_CHUNK]
+            while rest := file.readline(_CHUNK):
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+        if number == 1:
+            data = data.removeprefix(codecs.BOM_UTF8)
+        data = data.rstrip(b"\r\n")
+        if data.strip():
+            yield _Raw(number, start, data, is_too_long)
+
+
+class _ArraySplitter:
+    """Finds the elements of a JSON array by its brackets, a chunk at a time.
+
+    Each element is parsed for itself afterwards: a bad one does not take the others with it.
+    """
+
+    def __init__(self, file: BinaryIO, start: int) -> None:
+        self._file = file
+        self._offset = start + 1
+        self._line = file.read(start + 1).count(b"\n") + 1
+        self._element = bytearray()
+        self._element_line = 0
+        self._element_offset = 0
+        self._is_too_long = False
+
+    def split(self) -> Iterator[_Raw]:
+        """Yields every element, and what stands behind the array, where that is not blank."""
+        depth = position = 0
+        in_string = is_closed = False
+        while chunk := self._file.read(_CHUNK):
+            begin = 0
+            while not is_closed:
+                match = (_IN_STRING if in_string else _OUTSIDE).search(chunk, position)
+                if match is None:
+                    break
+                position = match.end()
+                mark = match.group()
+                if mark == b"\\":
+                    position += 1
+                elif mark == b'"':
+                    in_string = not in_string
+                elif mark in b"{[":
+                    depth += 1
+                elif depth and mark in b"]}":
+                    depth -= 1
+                elif not depth and mark in b",]":
+                    yield from self._end(chunk[begin : position - 1])
+                    self._offset += 1
+                    begin = position
+                    is_closed = mark == b"]"
+            self._keep(chunk[begin:])
+            # A backslash that ends a chunk hides the first byte of the next one.
+            position = max(0, position - len(chunk))
+        if is_closed:
+            for rest in self._end(b""):
+                yield replace(rest, flaw=_AFTER_ARRAY)
+        else:
+            yield from self._end(b"")
+            yield _Raw(self._line, self._offset, b"", flaw=_ARRAY_NOT_CLOSED)
+
+    def _keep(self, piece: bytes) -> None:
+        size = len(piece)
+        if not self._element:
+            stripped = piece.lstrip(_BLANKS)
+            skipped = size - len(stripped)
+            self._element_line = self._line + piece.count(b"\n", 0, skipped)
+            self._element_offset = self._offset + skipped
+            self._element += stripped
+        elif not self._is_too_long:
+            self._element += piece
+        if len(self._element) > LARGEST_RECORD:
+            self._is_too_long = True
+            del self._element[_CHUNK:]
+        self._line += piece.count(b"\n")
+        self._offset += size
+
+    def _end(self, piece: bytes) -> Iterator[_Raw]:
+        self._keep(piece)
+        if self._element:
+            yield _Raw(
+                self._element_line,
+                self._element_offset,
+                bytes(self._element.rstrip(_BLANKS)),
+                self._is_too_long,
+            )
+        self._element.clear()
+        self._is_too_long = False

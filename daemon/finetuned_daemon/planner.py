@@ -1,0 +1,291 @@
+"""Plans runs: what one will do and take, and whether the training quota has that much left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuned_daemon.dataset.report import Measured, MeasureRequest
+from finetuned_daemon.dataset.scan import scan
+from finetuned_daemon.dataset.worker import Worker
+from finetuned_daemon.devices import Device
+from finetuned_daemon.errors import DaemonError, InvalidRequest, Severity, Violation
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.planning.model_files import ModelFiles, ModelUnreadable, read_model
+from finetuned_daemon.planning.plan import Plan, make_plan
+from finetuned_daemon.planning.schedule import Schedule, plan_schedule, split_sizes
+from finetuned_daemon.runs.contract import TrainingType
+from finetuned_daemon.runs.manifest import MANIFEST
+from finetuned_daemon.runs.quota import Quota
+from finetuned_daemon.store.records import Records
+from finetuned_daemon.texts import Text
+from finetuned_daemon.validation.check import by_severity
+from finetuned_daemon.validation.judge import Judgement
+from finetuned_daemon.validation.model import model_folder
+from finetuned_daemon.validation.rules import warmup_too_long
+
+_MODEL = "data.model_path"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A plan, and what is to be said of it."""
+
+    plan: Plan
+    quota_left: int | None
+    """Checkpoints that the quota has left; None: no quota."""
+    device: Device
+    violations: list[Violation]
+
+
+class Planner:
+    """Estimates, and the quota that a plan takes."""
+
+    def __init__(self, worker: Worker, records: Records, quota: Quota) -> None:
+        self._worker = worker
+        self._records = records
+        self._quota = quota
+
+    async def estimate(self, judgement: Judgement, training_type: TrainingType) -> Estimate:
+        """What a run with parameters that are in order will do and take.
+
+        Raises:
+            InvalidRequest: The tokenizer can't read the data.
+            WrongState: The training environment can't run.
+        """
+        parameters = judgement.resolved
+        try:
+            model = await asyncio.to_thread(read_model, model_folder(parameters))
+            measured = await self._worker.measure(_request(parameters, training_type, model))
+            _check_samples(parameters, measured)
+            plan = make_plan(
+                parameters,
+                training_type,
+                judgement.device,
+                model,
+                measured,
+                resume_step=resume_step(parameters),
+                tokens_per_second=self._speed(parameters, training_type, judgement.device),
+            )
+        except ModelUnreadable as error:  # its files, or a PEFT configuration that asks too much
+            field = "lora.peft_config_path" if parameters.lora.peft_config_path else _MODEL
+            raise InvalidRequest([Violation(field, error.text, "MODEL_UNREADABLE")]) from error
+        known = {violation.reason for violation in judgement.violations}
+        more = [
+            *self._check_plan(plan, parameters),
+            *_check_lengths(plan, parameters),
+            *_check_room(plan),
+        ]
+        violations = judgement.violations + [v for v in more if v.reason not in known]
+        return Estimate(plan, self._quota.left(), judgement.device, by_severity(violations))
+
+    async def with_plan(self, judgement: Judgement, training_type: TrainingType) -> list[Violation]:
+        """The violations of parameters that are in order so far, and those of their plan."""
+        data = judgement.resolved.data
+        if not (data.train_file and data.model_path):
+            return judgement.violations
+        _, more = await self.check_quota(judgement.resolved, training_type)
+        return by_severity([*judgement.violations, *more])
+
+    async def check_quota(
+        self, parameters: Parameters, training_type: TrainingType
+    ) -> tuple[int, list[Violation]]:
+        """Checkpoints that a run is planned to save, and what the quota says to them.
+
+        Without a quota nobody asks, and a start does not wait for the data to be read.
+        """
+        left = self._quota.left()
+        if left is None:
+            return 0, []
+        samples = await self._train_samples(parameters, training_type)
+        if not samples:
+            return 0, []
+        schedule = _schedule(parameters, samples)
+        return schedule.checkpoints, _check_quota(parameters, schedule, left)
+
+    def _check_plan(self, plan: Plan, parameters: Parameters) -> list[Violation]:
+        left = self._quota.left()
+        return [] if left is None else _check_quota(parameters, plan.schedule, left)
+
+    async def _train_samples(self, parameters: Parameters, training_type: TrainingType) -> int:
+        """Samples of the training data; 0 where they can't be counted before the run."""
+        try:
+            model = await asyncio.to_thread(read_model, model_folder(parameters))
+            measured = await self._worker.measure(_request(parameters, training_type, model))
+        except (DaemonError, ModelUnreadable):
+            # The run will say what is wrong. Chats can be counted without a tokenizer; without a
+            # plan the run is still held to what is left, checkpoint by checkpoint.
+            if training_type is not TrainingType.SFT:
+                return 0
+            data = parameters.data
+            path = Path(data.train_file or "")
+            seen = await asyncio.to_thread(scan, path, training_type, data.max_samples)
+            return seen.samples
+        return measured.train_samples
+
+    def _speed(
+        self, parameters: Parameters, training_type: TrainingType, device: Device
+    ) -> float | None:
+        """Tokens a second of the latest run of this kind on this machine; None: there is none."""
+        runs = self._records.speed(
+            model_path=parameters.data.model_path or "",
+            training_type=training_type,
+            device=device.id,
+        )
+        for run in runs:
+            there, here = run.parameters, parameters
+            if (
+                there.lora.use_lora == here.lora.use_lora
+                and there.optimization.gradient_checkpointing
+                == here.optimization.gradient_checkpointing
+            ):
+                return run.progress.tokens_per_second
+        return None
+
+
+def _request(
+    parameters: Parameters, training_type: TrainingType, model: ModelFiles
+) -> MeasureRequest:
+    data, training = parameters.data, parameters.training
+    # As the run itself does: a model without that many positions cuts earlier.
+    length = min(training.max_seq_length, model.max_position_embeddings or training.max_seq_length)
+    return MeasureRequest(
+        training_type=training_type,
+        train_file=data.train_file or "",
+        eval_file=data.eval_file if training.eval_strategy != "no" else None,
+        tokenizer_path=data.tokenizer_path or data.model_path or "",
+        max_seq_length=length,
+        max_samples=data.max_samples,
+    )
+
+
+def _schedule(parameters: Parameters, samples: int) -> Schedule:
+    data, training = parameters.data, parameters.training
+    evaluates = training.eval_strategy != "no" and bool(data.eval_file or data.eval_ratio)
+    if evaluates and not data.eval_file:
+        samples, _ = split_sizes(samples, data.eval_ratio)
+    return plan_schedule(
+        training, samples, evaluates=evaluates, resume_step=resume_step(parameters)
+    )
+
+
+def resume_step(parameters: Parameters) -> int:
+    """Step of the checkpoint that a run goes on from; 0 where it begins anew."""
+    data = parameters.data
+    if not data.resume_from_checkpoint or data.attach_lora:
+        return 0
+    manifest: Any = json.loads((Path(data.resume_from_checkpoint) / MANIFEST).read_bytes())
+    return int(manifest["step"])
+
+
+def _check_quota(parameters: Parameters, schedule: Schedule, left: int) -> list[Violation]:
+    if schedule.checkpoints <= left:
+        return []
+    training = parameters.training
+    field = "training.save_steps" if training.save_strategy == "steps" else "training.save_strategy"
+    text = Text(
+        f"the run would save {schedule.checkpoints} checkpoints, and of the training quota {left} "
+        f"{'is' if left == 1 else 'are'} left; save less often, or ask the operator for more",
+        f"本次训练将保存 {schedule.checkpoints} 个检查点，而训练配额只剩 {left} 个；"
+        "请降低保存频率，或向管理员申请更多配额",
+    )
+    suggested: int | str = "no"
+    if left and training.save_strategy == "steps":
+        suggested = math.ceil(schedule.run_steps / left)
+    return [
+        Violation(
+            field,
+            text,
+            "QUOTA_EXCEEDED",
+            suggested=suggested,
+            suggested_field="training.save_strategy" if suggested == "no" else "",
+        )
+    ]
+
+
+def _check_samples(parameters: Parameters, measured: Measured) -> None:
+    """Raises InvalidRequest where nothing would be left to train on."""
+    data, training = parameters.data, parameters.training
+    samples = measured.train_samples
+    if not samples:
+        length = training.max_seq_length
+        text = Text(
+            f"no sample has anything to learn within {length} tokens",
+            f"没有任何样本在 {length} 个 token 之内含有可学习的内容",
+        )
+        raise InvalidRequest([Violation("data.train_file", text, "NOTHING_TO_LEARN")])
+    splits = training.eval_strategy != "no" and data.eval_ratio and not data.eval_file
+    if splits and not split_sizes(samples, data.eval_ratio)[0]:
+        text = Text(
+            f"takes all of the {samples} samples and leaves none to train on",
+            f"会占用全部 {samples} 个样本，没有数据可用于训练",
+        )
+        raise InvalidRequest([Violation("data.eval_ratio", text, "SPLIT_LEAVES_NONE")])
+
+
+def _check_lengths(plan: Plan, parameters: Parameters) -> list[Violation]:
+    """What only the tokenizer tells: samples that are cut or left out, a warm-up too long."""
+    found = list[Violation]()
+    field, length = "training.max_seq_length", parameters.training.max_seq_length
+    if plan.dropped_samples:
+        text = Text(
+            f"{plan.dropped_samples} samples have nothing to learn within {length} tokens and are "
+            "left out",
+            f"有 {plan.dropped_samples} 个样本在 {length} 个 token 之内没有可学习的内容，将被剔除",
+        )
+        found.append(Violation(field, text, "SAMPLES_DROPPED", Severity.WARNING))
+    elif plan.cut_samples:
+        text = Text(
+            f"{plan.cut_samples} samples are longer than {length} tokens and are cut",
+            f"有 {plan.cut_samples} 个样本超过 {length} 个 token，将被截断",
+        )
+        found.append(Violation(field, text, "SAMPLES_CUT", Severity.NOTICE))
+    total, steps = plan.schedule.total_steps, parameters.training.warmup_steps
+    if parameters.training.max_steps <= 0 and steps >= total:
+        found.append(warmup_too_long(steps, total))
+    return found
+
+
+def _check_room(plan: Plan) -> list[Violation]:
+    """Whether disk and memory have room for the plan. Estimates, so that they forbid nothing."""
+    found = list[Violation]()
+    if plan.disk_bytes > plan.disk_free_bytes:
+        text = Text(
+            f"about {_size(plan.disk_bytes)} will be written, and {_size(plan.disk_free_bytes)} "
+            "are free; keep fewer checkpoints",
+            f"预计写入约 {_size(plan.disk_bytes)}，而可用空间为 {_size(plan.disk_free_bytes)}；"
+            "请减少保留的检查点",
+        )
+        found.append(
+            Violation(
+                "training.save_total_limit",
+                text,
+                "DISK_TOO_SMALL",
+                Severity.WARNING,
+                suggested=_checkpoints_that_fit(plan),
+            )
+        )
+    if plan.peak_memory_bytes > plan.memory_total_bytes > 0:
+        text = Text(
+            f"about {_size(plan.peak_memory_bytes)} of memory will be needed, and the device has "
+            f"{_size(plan.memory_total_bytes)}; a smaller batch or a shorter sequence needs less",
+            f"预计需要约 {_size(plan.peak_memory_bytes)} 内存，而设备只有 "
+            f"{_size(plan.memory_total_bytes)}；可减小批次或序列长度",
+        )
+        found.append(Violation("training.batch_size", text, "MEMORY_TOO_SMALL", Severity.WARNING))
+    return found
+
+
+def _checkpoints_that_fit(plan: Plan) -> int | None:
+    room = plan.disk_free_bytes - plan.disk.final_bytes - plan.disk.merged_bytes
+    # One more than is kept is there while it is written.
+    fitting = room // max(1, plan.disk.checkpoint_bytes) - 1
+    return fitting if fitting > 0 else None
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

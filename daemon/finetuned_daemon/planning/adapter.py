@@ -1,0 +1,176 @@
+"""The tensors that LoRA adds to a model: which of them are trained, and which are saved beside."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.planning.model_files import (
+    ADAPTER_CONFIG,
+    ModelFiles,
+    ModelUnreadable,
+    is_lora_target,
+)
+from finetuned_daemon.texts import Text
+
+_ALL_LINEAR = "all-linear"
+# peft saves the base layer of an embedding beside the LoRA weights on it, under these names alone.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+# What peft takes where a configuration names no modules: of the architectures that it knows, most.
+_DEFAULT_TARGETS = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
+_DEFAULT_RANK = 8
+_PREFIX = "base_model.model."
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What LoRA adds to a model, by the names under which peft saves it."""
+
+    trained: Mapping[str, Shape]
+    """Tensors that are trained, in float32."""
+    base: Mapping[str, Shape]
+    """Frozen weights that are saved with them: embeddings that LoRA was put on."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(math.prod(shape) for shape in self.trained.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """A LoRA configuration, as far as it decides on tensors."""
+
+    rank: int
+    targets: tuple[str, ...] | str | None
+    """Names, a pattern, or None for the architecture's own."""
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
+    excluded: tuple[str, ...] | str = ()
+    saved_whole: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    has_magnitudes: bool = False
+    """DoRA: a vector more for each module."""
+
+
+def plan_adapter(parameters: Parameters, model: ModelFiles) -> Adapter:
+    """The adapter that a run with LoRA trains.
+
+    Raises:
+        ModelUnreadable: The file with its configuration can't be read.
+    """
+    settings = _settings(parameters)
+    trained: dict[str, Shape] = {}
+    base: dict[str, Shape] = {}
+    targets = [name for name in model.modules if _is_target(name, model, settings)]
+    for name in targets:
+        first, second = model.modules[name]
+        rank, prefix = _rank(name, settings), _PREFIX + name
+        # The weight of a Linear is (out, in), that of an Embedding (words, width).
+        if name == model.input_embedding:
+            trained[f"{prefix}.lora_embedding_A"] = (rank, first)
+            trained[f"{prefix}.lora_embedding_B"] = (second, rank)
+        else:
+            trained[f"{prefix}.lora_A.weight"] = (rank, second)
+            trained[f"{prefix}.lora_B.weight"] = (first, rank)
+        if settings.has_magnitudes:
+            trained[f"{prefix}.lora_magnitude_vector"] = (first,)
+        if name.rpartition(".")[2] in _EMBEDDINGS and _names_embedding(settings):
+            base[f"{prefix}.base_layer.weight"] = (first, second)
+    for name, shape in model.modules.items():
+        if name.rpartition(".")[2] in settings.saved_whole:
+            trained[f"{_PREFIX}{name}.weight"] = shape
+    return Adapter(trained=trained, base=base)
+
+
+def _is_target(name: str, model: ModelFiles, settings: _Settings) -> bool:
+    if not is_lora_target(name) or _fits(name, settings.excluded):
+        return False
+    if settings.layers:
+        number = re.search(r"\.(\d+)\.", name)
+        if number is None or int(number[1]) not in settings.layers:
+            return False
+    if settings.targets == _ALL_LINEAR:
+        return name not in (model.input_embedding, model.output_embedding)
+    if settings.targets is None:
+        return name.rpartition(".")[2] in _DEFAULT_TARGETS
+    return _fits(name, settings.targets)
+
+
+def _fits(name: str, targets: tuple[str, ...] | str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _names_embedding(settings: _Settings) -> bool:
+    """Whether peft sees that embeddings are among the targets: by name, or by a pattern."""
+    if isinstance(settings.targets, str):
+        return settings.targets != _ALL_LINEAR
+    return any(name in (settings.targets or ()) for name in _EMBEDDINGS)
+
+
+def _rank(name: str, settings: _Settings) -> int:
+    for pattern, rank in settings.ranks.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return rank
+    return settings.rank
+
+
+# --- where the configuration comes from
+
+
+def _settings(parameters: Parameters) -> _Settings:
+    """As the runner chooses it: that of attached weights, a file's, else the parameters'."""
+    lora, data = parameters.lora, parameters.data
+    if data.attach_lora:
+        return _read(Path(data.resume_from_checkpoint or data.model_path or "") / ADAPTER_CONFIG)
+    if lora.peft_config_path:
+        return _read(Path(lora.peft_config_path))
+    return _Settings(rank=lora.lora_r, targets=tuple(lora.lora_target_modules))
+
+
+def _read(file: Path) -> _Settings:
+    try:
+        values = json.loads(file.read_bytes())
+        if not isinstance(values, dict):
+            raise TypeError("it is no JSON object")
+        settings = _Settings(
+            rank=int(values.get("r", _DEFAULT_RANK)),
+            targets=_targets(values.get("target_modules")),
+            ranks={str(k): int(v) for k, v in (values.get("rank_pattern") or {}).items()},
+            excluded=_targets(values.get("exclude_modules")) or (),
+            saved_whole=tuple(map(str, values.get("modules_to_save") or ())),
+            layers=_layers(values.get("layers_to_transform")),
+            has_magnitudes=bool(values.get("use_dora")),
+        )
+        patterns: list[Any] = [settings.targets, settings.excluded, *settings.ranks]
+        for pattern in patterns:
+            if isinstance(pattern, str):
+                re.compile(pattern)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        sentence = Text(
+            f"the LoRA configuration {file} can't be used: {error}",
+            f"无法使用 LoRA 配置 {file}：{error}",
+        )
+        raise ModelUnreadable(sentence) from error
+    return settings
+
+
+def _targets(value: Any) -> tuple[str, ...] | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return tuple(map(str, value))
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(map(int, value))

@@ -1,0 +1,64 @@
+"""What a run writes into its output folder, as records: what a checkpoint holds, and what is whose.
+
+Beside the run folder's contract, as both sides read it: the runner verifies before it resumes, the
+daemon before it starts one, and when it deletes what a run left. Nothing here may need torch.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+
+STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+"""What a run can't be continued exactly without; the weights' names vary."""
+
+OUTPUTS = "outputs.jsonl"
+"""File of the run folder: one `WrittenFolder` a line, durable before the folder has its name."""
+
+OUTPUT_NAMES = r"checkpoint-\d+|final|merged"
+"""Names of the folders that a run makes in its output folder."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class FileEntry(_Record):
+    """A file of a checkpoint."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(_Record):
+    """What a checkpoint holds, and what of the run's state transformers doesn't keep."""
+
+    format_version: int = MANIFEST_VERSION
+    step: int
+    num_tokens: int = 0
+    """Tokens trained on so far, without padding."""
+    best_eval_loss: float | None = None
+    """For early stopping: the loss to improve on."""
+    evaluations_without_gain: int = 0
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+    """By path relative to the checkpoint, with forward slashes."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.size for entry in self.files.values())
+
+
+class WrittenFolder(_Record):
+    """A folder that a run is about to give its name, and the files in it."""
+
+    name: str
+    """Of the folder within the output folder, such as `checkpoint-100`."""
+    files: list[str]
+    """Paths relative to the folder, with forward slashes."""
+    device: int
+    """`st_dev` of the output folder."""
+    inode: int
+    """`st_ino` of the output folder: another one of the same name is somebody else's."""

@@ -1,0 +1,159 @@
+"""Deletes what a run recorded writing into its output folder, and nothing else.
+
+A record names folders and files; each is opened from its parent's descriptor and no link is
+followed, so that nothing outside is reached, not even while somebody moves things about. A folder
+that is not the one that the run wrote to (another inode) is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from finetuned_daemon.runs.manifest import OUTPUT_NAMES, OUTPUTS, WrittenFolder
+
+_log = logging.getLogger(__name__)
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass
+class Deleted:
+    """What a deletion has done."""
+
+    files: int = 0
+    bytes: int = 0
+    left: list[str] = field(default_factory=list[str])
+    """Output folders that are still there."""
+
+
+def delete_outputs(runs: Iterable[tuple[Path, Path]], *, only_look: bool = False) -> Deleted:
+    """Deletes the recorded files of runs, given as (run folder, output folder).
+
+    With `only_look` nothing is deleted, and what is there is told.
+    """
+    result = Deleted()
+    for run_dir, output_dir in runs:
+        records = [] if only_look else _read_records(run_dir)
+        if records:
+            _delete_run(output_dir, records, result)
+        if os.path.lexists(output_dir):
+            result.left.append(str(output_dir))
+    return result
+
+
+def _read_records(run_dir: Path) -> list[WrittenFolder]:
+    try:
+        lines = (run_dir / OUTPUTS).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = WrittenFolder.model_validate_json(line)
+        except ValidationError:  # torn by a loss of power: what it names never appeared
+            continue
+        if re.fullmatch(OUTPUT_NAMES, record.name):
+            records.append(record)
+    return records
+
+
+def _delete_run(output_dir: Path, records: list[WrittenFolder], result: Deleted) -> None:
+    try:
+        descriptor = os.open(output_dir, _FOLDER)
+    except OSError as error:  # gone, or a link by now
+        _log.info("%s: %s", output_dir, error)
+        return
+    try:
+        there = os.fstat(descriptor)
+        for record in records:
+            if (record.device, record.inode) == (there.st_dev, there.st_ino):
+                _delete_folder(descriptor, record, result)
+    finally:
+        os.close(descriptor)
+    _remove_if_empty(output_dir.name, output_dir.parent)
+
+
+def _delete_folder(parent: int, record: WrittenFolder, result: Deleted) -> None:
+    """Deletes the files of one record, then the folders that are empty."""
+    folders = {PurePosixPath()}
+    for name in record.files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            continue
+        folders.update(path.parents)
+        _delete_file(parent, PurePosixPath(record.name, path), result)
+    for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+        whole = PurePosixPath(record.name, folder)
+        with _opened(parent, whole.parent) as above:
+            if above is not None:
+                _rmdir(above, whole.name)
+
+
+def _delete_file(root: int, path: PurePosixPath, result: Deleted) -> None:
+    with _opened(root, path.parent) as folder:
+        if folder is None:
+            return
+        try:
+            status = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode):
+                return  # no run of ours writes links or devices: somebody else's
+            os.unlink(path.name, dir_fd=folder)
+        except FileNotFoundError:  # pruned by save_total_limit, or by hand
+            return
+        except OSError as error:  # a disk that is read-only by now; what stays is told
+            _log.warning("%s stays: %s", path, error)
+            return
+        result.files += 1
+        result.bytes += status.st_size
+
+
+class _opened:  # noqa: N801 - used as a function
+    """Opens a folder below `root` step by step, following no link; None if it is not there."""
+
+    def __init__(self, root: int, path: PurePosixPath) -> None:
+        self._root = root
+        self._path = path
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> int | None:
+        descriptor = os.dup(self._root)
+        for part in self._path.parts:
+            try:
+                below = os.open(part, _FOLDER, dir_fd=descriptor)
+            except OSError:
+                os.close(descriptor)
+                return None
+            os.close(descriptor)
+            descriptor = below
+        self._descriptor = descriptor
+        return descriptor
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def _remove_if_empty(name: str, parent: Path) -> None:
+    try:
+        descriptor = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        _rmdir(descriptor, name)
+    finally:
+        os.close(descriptor)
+
+
+def _rmdir(parent: int, name: str) -> None:
+    try:
+        os.rmdir(name, dir_fd=parent)
+    except OSError as error:  # holds what no run recorded: it stays
+        _log.debug("%s stays: %s", name, error)

@@ -1,0 +1,116 @@
+"""ParameterService: decode, call, encode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from grpc import aio
+
+from finetuned.v1 import parameter_service_pb2, parameter_service_pb2_grpc
+from finetuned_daemon.errors import InvalidRequest, Violation
+from finetuned_daemon.manager import Manager
+from finetuned_daemon.parameters import protos
+from finetuned_daemon.parameters.schema import build_schema
+from finetuned_daemon.planner import Planner
+from finetuned_daemon.requests import Given, merged
+from finetuned_daemon.runs.contract import TrainingType
+from finetuned_daemon.services import convert
+from finetuned_daemon.services.edge import language
+from finetuned_daemon.tasks import Task
+from finetuned_daemon.template_manager import TemplateManager
+from finetuned_daemon.texts import Text
+from finetuned_daemon.validation.judge import Judge
+
+_Context = aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be judged or planned."""
+
+    training_type: TrainingType
+    given: Given
+    device: str
+    task: Task | None
+
+
+class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
+    """What the parameters are, whether given ones can be used, and what a run will take."""
+
+    def __init__(
+        self, judge: Judge, planner: Planner, manager: Manager, templates: TemplateManager
+    ) -> None:
+        self._judge = judge
+        self._planner = planner
+        self._manager = manager
+        self._templates = templates
+
+    async def GetParameterSchema(  # noqa: N802, D102 - described in the proto, as all rpcs here
+        self, request: parameter_service_pb2.GetParameterSchemaRequest, context: _Context
+    ) -> parameter_service_pb2.GetParameterSchemaResponse:
+        training_type = convert.training_type(request.training_type)
+        if training_type is None:
+            raise InvalidRequest([_no_type()])
+        return build_schema(training_type)
+
+    async def ValidateParameters(  # noqa: N802, D102
+        self, request: parameter_service_pb2.ValidateParametersRequest, context: _Context
+    ) -> parameter_service_pb2.ValidateParametersResponse:
+        asked = self._asked(request)
+        judgement = await self._judge.judge(
+            asked.given,
+            asked.training_type,
+            asked.device,
+            complete=not request.allow_unfinished,
+            task=asked.task,
+        )
+        if any(v.field == "device" for v in judgement.violations):
+            raise InvalidRequest([v for v in judgement.violations if v.field == "device"])
+        violations = judgement.violations
+        if not judgement.errors:
+            violations = await self._planner.with_plan(judgement, asked.training_type)
+        return parameter_service_pb2.ValidateParametersResponse(
+            violations=[convert.violation(v, language(context)) for v in violations],
+            valid=not any(v.severity == "ERROR" for v in violations),
+            parameters=protos.to_proto(judgement.resolved),
+        )
+
+    async def EstimateTask(  # noqa: N802, D102
+        self, request: parameter_service_pb2.EstimateTaskRequest, context: _Context
+    ) -> parameter_service_pb2.EstimateTaskResponse:
+        asked = self._asked(request)
+        judgement = await self._judge.judge(
+            asked.given, asked.training_type, asked.device, complete=True, task=asked.task
+        )
+        if judgement.errors:
+            raise InvalidRequest(judgement.errors)
+        estimate = await self._planner.estimate(judgement, asked.training_type)
+        return convert.estimate(estimate, language(context))
+
+    def _asked(
+        self,
+        request: parameter_service_pb2.ValidateParametersRequest
+        | parameter_service_pb2.EstimateTaskRequest,
+    ) -> _Asked:
+        """What a request is about, with what it leaves to a template or task."""
+        given: Given = protos.to_dict(request.parameters)
+        training_type = convert.training_type(request.training_type)
+        device, task = request.device, None
+        if request.task:
+            task = self._manager.get(request.task)
+            given = merged(task.parameters, given)
+            training_type = task.training_type
+            device = device or task.device
+        elif request.template:
+            template = self._templates.get(request.template)
+            given = merged(template.parameters, given)
+            training_type = training_type or template.training_type
+        if training_type is None:
+            raise InvalidRequest([_no_type()])
+        return _Asked(training_type, given, device, task)
+
+
+def _no_type() -> Violation:
+    text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
+    return Violation("training_type", text, "REQUIRED")

@@ -1,0 +1,270 @@
+"""What can be done with templates: create, list, update, delete. Knows no gRPC."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from finetuned_daemon.errors import (
+    AlreadyExists,
+    InvalidRequest,
+    NotFound,
+    Severity,
+    StaleEtag,
+    Violation,
+    WrongState,
+)
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.requests import (
+    Given,
+    Repeats,
+    RequestId,
+    check_display_name,
+    check_id,
+    check_mask,
+    masked,
+    merged,
+)
+from finetuned_daemon.runs.contract import TrainingType
+from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.template_rows import TemplateRows
+from finetuned_daemon.tasks import now_us
+from finetuned_daemon.templates import PRESETS, Template, preset_of
+from finetuned_daemon.texts import Text
+from finetuned_daemon.validation.check import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTemplate:
+    """A template as asked for."""
+
+    training_type: TrainingType | None
+    parameters: Given
+    display_name: str
+    template_id: str = ""
+    task: str = ""
+    """Resource name of a task to take type and parameters from."""
+
+
+class TemplateManager:
+    """All operations on templates. Runs on the event loop's thread; reads no files."""
+
+    def __init__(self, database: Database, repeats: Repeats) -> None:
+        self._database = database
+        self._rows = TemplateRows(database)
+        self._repeats = repeats
+
+    # --- read
+
+    def get(self, name: str) -> Template:
+        """The template of a resource name.
+
+        Raises:
+            NotFound: There is none.
+        """
+        template_id = name.removeprefix("templates/") if name.startswith("templates/") else ""
+        for preset in PRESETS:
+            if preset.template_id == template_id:
+                return preset
+        template = self._rows.template(template_id)
+        if template is None:
+            raise NotFound("template", name)
+        return template
+
+    def list(self, training_type: TrainingType | None, display_name: str) -> list[Template]:
+        """Presets, then custom templates by display name."""
+        return [
+            template
+            for template in (*PRESETS, *self._rows.all())
+            if training_type in (None, template.training_type)
+            if display_name in ("", template.display_name)
+        ]
+
+    # --- write
+
+    def create(
+        self,
+        new: NewTemplate,
+        base: Parameters | None,
+        request: RequestId[Template] | None,
+    ) -> Template | bytes:
+        """Creates a custom template.
+
+        Args:
+            new: What is asked for.
+            base: Parameters of the task that it is made from; None: defaults.
+            request: For a safe repeat.
+
+        Returns:
+            The template, or the serialized first answer to a repeated request.
+
+        Raises:
+            InvalidRequest: With every wrong field; nothing was written.
+            AlreadyExists: The id or the display name is taken.
+        """
+        answered = self._repeats.answered(request)
+        if answered is not None:
+            return answered
+        violations = check_id("template_id", new.template_id)
+        violations += _check_name(new.display_name) + check_display_name(new.display_name)
+        if new.training_type is None:
+            text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
+            violations.append(Violation("training_type", text, "REQUIRED"))
+        training_type = new.training_type or TrainingType.SFT
+        if base is None:
+            base = preset_of(training_type).parameters
+        parameters, wrong = _judged(merged(base, new.parameters), training_type)
+        violations += wrong
+        if violations or parameters is None:
+            raise InvalidRequest(violations)
+        now = now_us()
+        template = Template(
+            template_id=new.template_id or f"template-{secrets.token_hex(5)}",
+            display_name=new.display_name,
+            training_type=training_type,
+            parameters=parameters,
+            create_time=now,
+            update_time=now,
+        )
+        self._check_free(template)
+        with self._database.transaction(durable=True) as connection:
+            template = self._rows.insert(connection, template)
+            self._repeats.keep(connection, request, template)
+        return template
+
+    def update(
+        self,
+        name: str,
+        *,
+        display_name: str,
+        given: Given,
+        paths: Sequence[str],
+        etag: str,
+    ) -> Template:
+        """Changes a custom template; with no `paths`, what is given.
+
+        Raises:
+            NotFound: There is none.
+            WrongState: It is a preset.
+            StaleEtag: It has changed.
+            InvalidRequest: With every wrong field.
+            AlreadyExists: The display name is taken.
+        """
+        template = self._custom(name)
+        _check_etag(template, etag)
+        violations = check_mask(paths, ("display_name", "parameters"))
+        if "display_name" in paths or (not paths and display_name):
+            violations += _check_name(display_name) + check_display_name(display_name)
+        else:
+            display_name = template.display_name
+        values = (
+            masked(template.parameters, given, paths)
+            if paths
+            else merged(template.parameters, given)
+        )
+        parameters, wrong = _judged(values, template.training_type)
+        violations += wrong
+        if violations or parameters is None:
+            raise InvalidRequest(violations)
+        changed = replace(template, display_name=display_name, parameters=parameters)
+        self._check_free(changed)
+        with self._database.transaction(durable=True) as connection:
+            return self._save(connection, changed)
+
+    def check_writable(self, name: str) -> Template:
+        """The custom template that a task's parameters are to be written into.
+
+        Raises:
+            NotFound: There is none.
+            WrongState: It is a preset, or the task has none.
+        """
+        if not name:
+            raise WrongState(
+                "update_template",
+                "NO_TEMPLATE",
+                "the task has no template to write to; save its parameters as a new one",
+            )
+        return self._custom(name)
+
+    def write(self, connection: sqlite3.Connection, name: str, parameters: Parameters) -> None:
+        """Writes a task's parameters into its custom template, in the task's transaction."""
+        self._save(connection, replace(self._custom(name), parameters=parameters))
+
+    def delete(self, name: str, *, etag: str, allow_missing: bool) -> None:
+        """Deletes a custom template.
+
+        Raises:
+            NotFound: There is none.
+            WrongState: It is a preset.
+            StaleEtag: It has changed.
+        """
+        try:
+            template = self._custom(name)
+        except NotFound:
+            if allow_missing:
+                return
+            raise
+        _check_etag(template, etag)
+        with self._database.transaction(durable=True) as connection:
+            self._rows.delete(connection, template)
+
+    # --- parts
+
+    def _custom(self, name: str) -> Template:
+        template = self.get(name)
+        if template.is_preset:
+            raise WrongState(
+                template.name,
+                "TEMPLATE_IMMUTABLE",
+                f"{template.display_name} is a preset and never changes; save a copy of it",
+            )
+        return template
+
+    def _check_free(self, template: Template) -> None:
+        """Raises AlreadyExists where another template has this id or display name."""
+        ids = [preset for preset in PRESETS if preset.template_id == template.template_id]
+        other = self._rows.template(template.template_id)
+        if ids or (other is not None and other.key != template.key):
+            raise AlreadyExists(
+                "template",
+                template.name,
+                "TEMPLATE_ID_TAKEN",
+                f"there is a template {template.template_id!r} already",
+            )
+        names = {preset.display_name.casefold() for preset in PRESETS}
+        other = self._rows.named(template.display_name)
+        if template.display_name.casefold() in names or (
+            other is not None and other.key != template.key
+        ):
+            raise AlreadyExists(
+                "template",
+                template.display_name,
+                "DISPLAY_NAME_TAKEN",
+                f"there is a template named {template.display_name!r} already; choose another name",
+            )
+
+    def _save(self, connection: sqlite3.Connection, template: Template) -> Template:
+        template = replace(template, update_time=now_us(), revision=template.revision + 1)
+        self._rows.save(connection, template)
+        return template
+
+
+def _check_name(name: str) -> list[Violation]:
+    if name:
+        return []
+    return [Violation("display_name", Text("is required", "必填"), "REQUIRED")]
+
+
+def _judged(
+    values: Given, training_type: TrainingType
+) -> tuple[Parameters | None, list[Violation]]:
+    """What holds of the fields alone: a template is made for other devices and files too."""
+    parameters, violations = check_fields(values, training_type)
+    return parameters, [v for v in violations if v.severity is Severity.ERROR]
+
+
+def _check_etag(template: Template, etag: str) -> None:
+    if etag and etag != template.etag:
+        raise StaleEtag(template.name)

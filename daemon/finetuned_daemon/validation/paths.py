@@ -1,0 +1,96 @@
+"""Rules for a path alone: a file or folder that is there and can be read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from finetuned_daemon.errors import Violation
+from finetuned_daemon.texts import Text
+
+_LARGEST_JSON = 64 << 20
+"""A tokenizer_config.json of a real model has some hundred kilobytes."""
+
+
+def check_path(field: str, text: str) -> list[Violation]:
+    """An absolute path."""
+    if "\0" in text:
+        return [Violation(field, Text("holds a NUL character", "含有 NUL 字符"), "NOT_A_PATH")]
+    if not Path(text).is_absolute():
+        sentence = Text(
+            f"must be an absolute path, not {text!r}", f"必须是绝对路径，而不是 {text!r}"
+        )
+        return [Violation(field, sentence, "NOT_ABSOLUTE")]
+    return []
+
+
+def check_file(field: str, text: str) -> list[Violation]:
+    """A file that can be read."""
+    found = check_path(field, text)
+    if found:
+        return found
+    path = Path(text)
+    try:
+        if path.is_dir():
+            sentence = Text(f"must be a file; {text} is a folder", f"必须是文件；{text} 是文件夹")
+            return [Violation(field, sentence, "NOT_A_FILE")]
+        if not path.exists():
+            sentence = Text(f"there is no file {text}", f"文件 {text} 不存在")
+            return [Violation(field, sentence, "FILE_NOT_FOUND")]
+        if not path.is_file():
+            sentence = Text(f"{text} is no ordinary file", f"{text} 不是普通文件")
+            return [Violation(field, sentence, "NOT_A_FILE")]
+    except OSError as error:  # a name too long, a loop of links
+        return [unusable(field, text, error)]
+    return _check_readable(field, path, os.R_OK)
+
+
+def check_folder(field: str, text: str) -> list[Violation]:
+    """A folder that can be read."""
+    found = check_path(field, text)
+    if found:
+        return found
+    path = Path(text)
+    try:
+        if not path.exists():
+            sentence = Text(f"there is no folder {text}", f"文件夹 {text} 不存在")
+            return [Violation(field, sentence, "FOLDER_NOT_FOUND")]
+        if not path.is_dir():
+            sentence = Text(f"must be a folder; {text} is a file", f"必须是文件夹；{text} 是文件")
+            return [Violation(field, sentence, "NOT_A_FOLDER")]
+    except OSError as error:
+        return [unusable(field, text, error)]
+    return _check_readable(field, path, os.R_OK | os.X_OK)
+
+
+def _check_readable(field: str, path: Path, mode: int) -> list[Violation]:
+    if os.access(path, mode):
+        return []
+    sentence = Text(f"{path} can't be read: no permission", f"无法读取 {path}：没有权限")
+    return [Violation(field, sentence, "NOT_READABLE")]
+
+
+def unusable(field: str, text: str, error: OSError) -> Violation:
+    """A path that the system can't follow."""
+    why = error.strerror or str(error)
+    return Violation(
+        field, Text(f"{text} can't be used: {why}", f"无法使用 {text}：{why}"), "NOT_A_PATH"
+    )
+
+
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether a file begins so."""
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file; None where there is none that can be read."""
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            return None
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None

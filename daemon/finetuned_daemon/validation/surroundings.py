@@ -1,0 +1,26 @@
+"""What a judgement takes from outside of the parameters: the machine, and the other tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetuned_daemon.devices import CPU
+from finetuned_daemon.environment.model import Capability
+
+CPU_CAPABILITY = Capability(
+    bf16=True, fp16=False, tf32=False, four_bit=False, eight_bit_optimizer=False
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """The machine and the other tasks, as they are when parameters are judged."""
+
+    device: str = CPU
+    """Id of the device that the run would use."""
+    capability: Capability = CPU_CAPABILITY
+    """What that device can do."""
+    model_types: frozenset[str] | None = None
+    """`model_type`s that the training environment knows; None: it was not asked yet."""
+    output_owner: str = ""
+    """Another task whose results are in the output folder, by its name; empty: there is none."""

@@ -1,0 +1,207 @@
+"""Disk, memory and time of a plan, where no run is needed to see that they are right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuned_daemon.dataset.report import Measured, MeasuredFile
+from finetuned_daemon.devices import Device, DeviceType
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.planning.disk import saved_tokenizer_bytes
+from finetuned_daemon.planning.model_files import ModelFiles, read_model
+from finetuned_daemon.planning.plan import Plan, make_plan
+from finetuned_daemon.runs.contract import TrainingType
+from tiny import make_model
+
+
+def device(kind: DeviceType = DeviceType.CPU, capability: str = "") -> Device:
+    return Device(
+        id="cpu" if kind is DeviceType.CPU else "cuda:0",
+        type=kind,
+        product_name="",
+        memory_total_bytes=16 << 30,
+        memory_free_bytes=8 << 30,
+        compute_capability=capability,
+    )
+
+
+AMPERE = device(DeviceType.CUDA, "8.6")
+TURING = device(DeviceType.CUDA, "7.5")
+SAMPLES = MeasuredFile(samples=100, cut=3, dropped=2, tokens=20_000, longest=((400, 300), (9, 5)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model", hidden=128, layers=4)
+
+
+def plan(folder: Path, on: Device | None = None, **sections: dict[str, Any]) -> Plan:
+    data = {"model_path": str(folder), "output_dir": str(folder.parent / "a/b/c")}
+    parameters = Parameters.model_validate(
+        {**sections, "data": {**data, **sections.get("data", {})}}
+    )
+    return make_plan(
+        parameters,
+        TrainingType.SFT,
+        on or device(),
+        read_model(folder),
+        Measured(exact=True, train=SAMPLES, evaluation=MeasuredFile(samples=7)),
+        tokens_per_second=1000.0,
+    )
+
+
+def test_the_data_is_as_it_was_measured(folder: Path) -> None:
+    found = plan(folder)
+    assert (found.train_samples, found.eval_samples, found.train_tokens) == (100, 0, 20_000)
+    assert (found.cut_samples, found.dropped_samples, found.exact) == (3, 2, True)
+    assert found.disk_free_bytes > 0
+    assert (found.memory_total_bytes, found.memory_free_bytes) == (16 << 30, 8 << 30)
+
+
+def test_a_share_for_evaluation_is_taken_from_the_samples_and_their_tokens(folder: Path) -> None:
+    training = {"eval_strategy": "epoch"}
+    found = plan(folder, data={"eval_ratio": 0.2}, training=training)
+    assert (found.train_samples, found.eval_samples, found.train_tokens) == (80, 20, 16_000)
+    found = plan(folder, data={"eval_ratio": 0.2, "eval_file": "/e"}, training=training)
+    assert (found.train_samples, found.eval_samples) == (100, 7)
+    assert plan(folder, data={"eval_ratio": 0.2}).train_samples == 100
+
+
+def test_a_run_is_as_long_as_its_tokens_take(folder: Path) -> None:
+    two, four = (plan(folder, training={"num_train_epochs": n}) for n in (2, 4))
+    assert two.duration_seconds is not None
+    assert four.duration_seconds is not None
+    assert four.duration_seconds - two.duration_seconds == pytest.approx(40, abs=0.1)
+    evaluated = plan(folder, data={"eval_file": "/e"}, training={"eval_strategy": "epoch"})
+    assert evaluated.duration_seconds is not None
+    assert two.duration_seconds < evaluated.duration_seconds < two.duration_seconds + 2
+
+
+def peak(folder: Path, on: Device | None = None, **sections: dict[str, Any]) -> int:
+    return plan(folder, on, **sections).peak_memory_bytes
+
+
+def test_memory_is_the_sum_of_its_parts_and_grows_with_what_costs_it(folder: Path) -> None:
+    found = plan(folder).memory
+    names = ["weights", "gradients", "optimizer", "activations", "logits", "runtime"]
+    assert list(found.parts) == names
+    assert found.peak_bytes == sum(found.parts.values())
+    small = {"training": {"batch_size": 1}, "optimization": {"gradient_checkpointing": True}}
+    assert peak(folder, **small) < peak(folder, **{**small, "training": {"batch_size": 4}})
+    assert peak(folder, **small) < peak(
+        folder, **{**small, "optimization": {"gradient_checkpointing": False}}
+    )
+
+
+def test_a_batch_is_never_larger_than_the_data(folder: Path) -> None:
+    assert peak(folder, training={"batch_size": 100}) == peak(folder, training={"batch_size": 128})
+
+
+@pytest.mark.parametrize("on", [AMPERE, TURING], ids=["Ampere", "Turing"])
+def test_a_gpu_holds_frozen_weights_in_the_format_that_it_computes_with(
+    folder: Path, on: Device
+) -> None:
+    def weights(**sections: dict[str, Any]) -> int:
+        return plan(folder, on, **sections).memory.parts["weights"]
+
+    model = read_model(folder)
+    adapter = 4 * plan(folder).trainable_parameters
+    exact = {"optimization": {"fp16": False}}
+    bf16 = {"optimization": {"fp16": False, "bf16": True}}
+    full = {"lora": {"use_lora": False}, **exact}
+    assert weights(**exact) == 4 * model.parameters + adapter
+    assert weights() == 2 * model.parameters + adapter
+    has_bf16 = on is AMPERE
+    assert weights(**bf16) == (2 if has_bf16 else 4) * model.parameters + adapter
+    assert weights(**full) == 4 * model.parameters
+    # Mixed precision keeps both.
+    assert weights(lora={"use_lora": False}) == 6 * model.parameters
+
+
+def test_four_bits_hold_the_matrices_alone(folder: Path) -> None:
+    model = read_model(folder)
+    embeddings = 2 * 128 * model.vocab_size + (2 * 4 + 1) * 128
+    found = plan(folder, AMPERE, optimization={"use_qlora": True})
+    matrices = model.parameters - embeddings
+    expected = 0.516 * matrices + 4 * embeddings + 4 * found.trainable_parameters
+    assert found.memory.parts["weights"] == pytest.approx(expected, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_weight"),
+    [("adamw_torch", 8.0), ("adamw_8bit", 2.03), ("paged_adamw_8bit", 2.03), ("sgd", 0.0)],
+)
+def test_each_optimizer_keeps_its_own_share(
+    folder: Path, optimizer: str, bytes_per_weight: float
+) -> None:
+    found = plan(folder, AMPERE, lora={"use_lora": False}, training={"optimizer": optimizer})
+    state = found.disk.checkpoint_bytes - found.disk.final_bytes
+    assert state == pytest.approx(bytes_per_weight * found.trainable_parameters, abs=60_000)
+
+
+def test_the_switch_for_8_bits_is_that_of_adam(folder: Path) -> None:
+    switch = {"optimization": {"use_8bit_optimizer": True}, "lora": {"use_lora": False}}
+    named = plan(folder, lora={"use_lora": False}, training={"optimizer": "adamw_8bit"})
+    assert plan(folder, **switch).disk_bytes == named.disk_bytes
+
+
+def test_pretraining_trains_all_weights_whatever_lora_says(folder: Path) -> None:
+    parameters = Parameters.model_validate({"data": {"model_path": str(folder)}})
+    model: ModelFiles = read_model(folder)
+    found = make_plan(
+        parameters,
+        TrainingType.PRETRAIN,
+        device(),
+        model,
+        Measured(exact=False, train=SAMPLES),
+    )
+    assert found.trainable_parameters == found.total_parameters == model.parameters
+    assert found.duration_seconds is None
+    assert found.disk_free_bytes == 0
+    assert not found.exact
+
+
+def test_a_model_of_bin_files_has_a_plan_too(tmp_path: Path) -> None:
+    whole = make_model(tmp_path / "model", hidden=64)
+    sections = {"lora": {"lora_r": 8}, "training": {"max_steps": 10}}
+    expected = plan(whole, **sections)
+    (whole / "model.safetensors").rename(whole / "pytorch_model.bin")
+    found = plan(whole, **sections)
+    assert found.trainable_parameters == expected.trainable_parameters
+    assert found.disk_bytes == pytest.approx(expected.disk_bytes, rel=0.01)
+    assert found.peak_memory_bytes == pytest.approx(expected.peak_memory_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("pretty", [True, False])
+@pytest.mark.parametrize("old_merges", [True, False])
+def test_the_tokenizer_is_counted_as_it_is_written_again(
+    folder: Path, tmp_path: Path, *, pretty: bool, old_merges: bool
+) -> None:
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_bytes())
+    merges = content["model"]["merges"]
+    assert isinstance(merges[0], list)
+    if old_merges:
+        content["model"]["merges"] = [" ".join(pair) for pair in merges]
+    options: dict[str, Any] = {"indent": 2} if pretty else {"separators": (",", ":")}
+    file.write_text(json.dumps(content, ensure_ascii=False, **options))
+    written = tmp_path / "written"
+    written.mkdir()
+    Tokenizer.from_file(str(file)).save(str(written / "tokenizer.json"))
+    rest = sum(
+        (folder / n).stat().st_size for n in ("tokenizer_config.json", "chat_template.jinja")
+    )
+    expected = (written / "tokenizer.json").stat().st_size
+    assert saved_tokenizer_bytes(folder) - rest == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 1, "merges":["a b"]}'])
+def test_a_damaged_tokenizer_does_no_harm(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    assert saved_tokenizer_bytes(folder) > 0

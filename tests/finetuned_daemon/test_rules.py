@@ -1,0 +1,493 @@
+"""Every rule fires alone, says so in both languages, and is silent where nothing is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import PROJECTIONS, Scene, write_safetensors
+from finetuned_daemon.environment.model import Capability
+from finetuned_daemon.errors import Severity, Violation
+from finetuned_daemon.runs.contract import TrainingType
+from finetuned_daemon.runs.manifest import STATE_FILES, FileEntry, Manifest
+from finetuned_daemon.validation.check import check
+from finetuned_daemon.validation.surroundings import Surroundings
+
+SFT, PRETRAIN = TrainingType.SFT, TrainingType.PRETRAIN
+HAN = re.compile("[\u4e00-\u9fff]")
+AMPERE = Capability(bf16=True, fp16=True, tf32=True, four_bit=True, eight_bit_optimizer=True)
+TURING = Capability(bf16=False, fp16=True, tf32=False, four_bit=False, eight_bit_optimizer=False)
+ON_AMPERE = Surroundings(device="cuda:0", capability=AMPERE)
+ON_TURING = Surroundings(device="cuda:0", capability=TURING)
+
+Values = dict[str, Any]
+
+
+def judge(
+    values: Values,
+    training_type: TrainingType = SFT,
+    surroundings: Surroundings = ON_AMPERE,
+    *,
+    complete: bool = False,
+) -> list[Violation]:
+    """The violations of values by path."""
+    given = dict[str, dict[str, Any]]()
+    for path, value in values.items():
+        section, name = path.split(".")
+        given.setdefault(section, {})[name] = value
+    return check(given, training_type, surroundings, complete=complete)[1]
+
+
+def alone(found: list[Violation]) -> tuple[str, str, Severity]:
+    """The one violation there is; it speaks both languages."""
+    (violation,) = found
+    assert violation.message.en.isascii() or not HAN.search(violation.message.en)
+    assert HAN.search(violation.message.zh), violation.message.zh
+    return violation.field, violation.reason, violation.severity
+
+
+# --- fields among themselves, and the device
+
+E, W, N = Severity.ERROR, Severity.WARNING, Severity.NOTICE
+ACROSS: list[tuple[Values, TrainingType, Surroundings, tuple[str, str, Severity]]] = [
+    ({"optimization.bf16": True}, SFT, ON_AMPERE, ("optimization.bf16", "FP16_WITH_BF16", E)),
+    (
+        {"optimization.use_qlora": True, "lora.use_lora": False},
+        SFT,
+        ON_AMPERE,
+        ("optimization.use_qlora", "QLORA_WITHOUT_LORA", E),
+    ),
+    (
+        {"optimization.use_qlora": True},
+        PRETRAIN,
+        ON_AMPERE,
+        ("optimization.use_qlora", "QLORA_WITHOUT_LORA", E),
+    ),
+    (
+        {"optimization.use_8bit_optimizer": True, "training.optimizer": "adafactor"},
+        SFT,
+        ON_AMPERE,
+        ("optimization.use_8bit_optimizer", "NO_8BIT_OPTIMIZER", E),
+    ),
+    (
+        {"training.early_stopping_patience": 2},
+        SFT,
+        ON_AMPERE,
+        ("training.early_stopping_patience", "EARLY_STOPPING_WITHOUT_EVALUATION", E),
+    ),
+    (
+        {"training.eval_strategy": "steps"},
+        SFT,
+        ON_AMPERE,
+        ("training.eval_strategy", "EVALUATION_DATA_MISSING", E),
+    ),
+    (
+        {"data.eval_ratio": 1.0, "training.eval_strategy": "epoch"},
+        SFT,
+        ON_AMPERE,
+        ("data.eval_ratio", "SPLIT_LEAVES_NONE", E),
+    ),
+    ({"data.eval_ratio": 0.1}, SFT, ON_AMPERE, ("data.eval_ratio", "EVALUATION_OFF", N)),
+    ({"training.max_steps": 0}, SFT, ON_AMPERE, ("training.max_steps", "OUT_OF_RANGE", E)),
+    (
+        {"training.max_steps": 10, "training.warmup_steps": 10},
+        SFT,
+        ON_AMPERE,
+        ("training.warmup_steps", "WARMUP_LONGER_THAN_RUN", W),
+    ),
+    (
+        {"lora.merge_lora": True, "lora.use_lora": False},
+        SFT,
+        ON_AMPERE,
+        ("lora.merge_lora", "LORA_OFF", N),
+    ),
+    (
+        {"data.attach_lora": True},
+        PRETRAIN,
+        ON_AMPERE,
+        ("data.attach_lora", "NOT_FOR_PRETRAINING", N),
+    ),
+    (
+        {"optimization.bf16": True, "optimization.fp16": False},
+        SFT,
+        ON_TURING,
+        ("optimization.bf16", "DEVICE_LACKS_IT", E),
+    ),
+    ({"optimization.tf32": True}, SFT, ON_TURING, ("optimization.tf32", "DEVICE_LACKS_IT", E)),
+    (
+        {"optimization.use_qlora": True},
+        SFT,
+        ON_TURING,
+        ("optimization.use_qlora", "DEVICE_LACKS_IT", E),
+    ),
+    (
+        {"optimization.use_8bit_optimizer": True},
+        SFT,
+        ON_TURING,
+        ("optimization.use_8bit_optimizer", "DEVICE_LACKS_IT", E),
+    ),
+    (
+        {"training.optimizer": "paged_adamw_8bit"},
+        SFT,
+        ON_TURING,
+        ("training.optimizer", "DEVICE_LACKS_IT", E),
+    ),
+    ({}, SFT, Surroundings(), ("optimization.fp16", "FP16_UNAVAILABLE_ON_CPU", N)),
+    (
+        {"data.dataloader_pin_memory": True, "optimization.fp16": False},
+        SFT,
+        Surroundings(),
+        ("data.dataloader_pin_memory", "PIN_MEMORY_WITHOUT_GPU", N),
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "training_type", "surroundings", "expected"), ACROSS)
+def test_a_rule_across_fields_fires_alone(
+    values: Values,
+    training_type: TrainingType,
+    surroundings: Surroundings,
+    expected: tuple[str, str, Severity],
+) -> None:
+    assert alone(judge(values, training_type, surroundings)) == expected
+
+
+def test_defaults_on_a_gpu_are_in_order() -> None:
+    assert judge({}) == judge({}, PRETRAIN) == []
+
+
+def test_a_suggestion_mends_what_it_is_for() -> None:
+    """Applied one by one, suggestions lead to parameters without an error."""
+    values: Values = {
+        "optimization.bf16": True,
+        "training.eval_strategy": "steps",
+        "training.max_steps": 0,
+        "training.batch_size": 1000,
+        "training.max_seq_length": 513,
+        "lora.use_lora": False,
+        "optimization.use_qlora": True,
+    }
+    for _ in range(len(values) + 1):
+        errors = [v for v in judge(values) if v.severity is Severity.ERROR]
+        if not errors:
+            return
+        violation = errors[0]
+        assert violation.suggested is not None, violation
+        values[violation.suggested_field or violation.field] = violation.suggested
+    raise AssertionError(f"still wrong: {errors}")
+
+
+# --- files and folders
+
+
+class World:
+    """A sound model, data and output folder, and hands to spoil them."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+        self.values: Values = {
+            "data.model_path": str(scene.model),
+            "data.train_file": str(scene.data),
+            "data.output_dir": str(scene.output),
+        }
+        self.surroundings = ON_AMPERE
+
+    def set(self, **values: Any) -> None:
+        self.values |= {name.replace("__", "."): value for name, value in values.items()}
+
+    def config(self, **changes: Any) -> None:
+        path = self.scene.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def checkpoint(self, base: str | None = None, width: int = 8, r: int = 16) -> Path:
+        """A whole LoRA checkpoint of the default shape."""
+        folder = self.scene.root / "checkpoint-1"
+        folder.mkdir(exist_ok=True)
+        config = {
+            "r": r,
+            "lora_alpha": 16,
+            "target_modules": [module.rpartition(".")[2] for module in PROJECTIONS],
+            "base_model_name_or_path": str(self.scene.model) if base is None else base,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        names = [f"base_model.model.{module}.lora_A.weight" for module in PROJECTIONS]
+        write_safetensors(folder / "adapter_model.safetensors", names, width)
+        for name in STATE_FILES:
+            (folder / name).write_text("state")
+        files = {
+            path.name: FileEntry(size=path.stat().st_size, sha256="")
+            for path in folder.iterdir()
+            if path.name != "manifest.json"
+        }
+        manifest = Manifest(step=1, files=files)
+        (folder / "manifest.json").write_text(manifest.model_dump_json())
+        self.set(data__resume_from_checkpoint=str(folder))
+        return folder
+
+    def judge(self, training_type: TrainingType = SFT) -> list[Violation]:
+        return judge(self.values, training_type, self.surroundings, complete=True)
+
+
+@pytest.fixture
+def world(scene: Scene) -> World:
+    world = World(scene)
+    assert world.judge() == []
+    return world
+
+
+def spoil_gguf(world: World) -> None:
+    path = world.scene.root / "model.gguf"
+    path.write_bytes(b"GGUF\3")
+    world.set(data__model_path=str(path))
+
+
+def spoil_shards(world: World) -> None:
+    (world.scene.model / "model.safetensors").rename(world.scene.model / "a.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (world.scene.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def spoil_weights(world: World) -> None:
+    path = world.scene.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def spoil_to_bin(world: World) -> None:
+    (world.scene.model / "model.safetensors").unlink()
+    (world.scene.model / "pytorch_model.bin").write_bytes(bytes(100))
+
+
+def spoil_to_adapter(world: World) -> None:
+    base = world.scene.root / "base"
+    shutil.copytree(world.scene.model, base)
+    (world.scene.model / "config.json").unlink()
+    config = {"base_model_name_or_path": str(base)}
+    (world.scene.model / "adapter_config.json").write_text(json.dumps(config))
+
+
+def spoil_targets(world: World) -> None:
+    write_safetensors(
+        world.scene.model / "model.safetensors", ("h.0.c_attn.weight", "h.0.q_proj.weight")
+    )
+
+
+def spoil_data(world: World) -> None:
+    world.scene.data.write_text(world.scene.data.read_text() + "{broken\n")
+
+
+def spoil_peft(world: World) -> None:
+    path = world.scene.root / "peft.json"
+    path.write_text('{"peft_type": "PREFIX_TUNING"}')
+    world.set(lora__peft_config_path=str(path))
+
+
+def spoil_state(world: World) -> None:
+    (world.checkpoint() / "optimizer.pt").unlink()
+
+
+def spoil_size(world: World) -> None:
+    (world.checkpoint() / "scheduler.pt").write_text("more than it was")
+
+
+def known_types(*names: str) -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        world.surroundings = Surroundings(
+            device="cuda:0", capability=AMPERE, model_types=frozenset(names)
+        )
+
+    return spoil
+
+
+def both(*parts: Callable[[World], object]) -> Callable[[World], None]:
+    def spoil(world: World) -> None:
+        for part in parts:
+            part(world)
+
+    return spoil
+
+
+def unlink(name: str) -> Callable[[World], None]:
+    return lambda world: (world.scene.model / name).unlink()
+
+
+def setting(**values: Any) -> Callable[[World], None]:
+    return lambda world: world.set(**values)
+
+
+RESUME = "data.resume_from_checkpoint"
+WORLD: dict[str, tuple[Callable[[World], object], tuple[str, str, Severity]]] = {
+    "gguf file": (spoil_gguf, ("data.model_path", "MODEL_IS_GGUF", E)),
+    "no config": (unlink("config.json"), ("data.model_path", "MODEL_WITHOUT_CONFIG", E)),
+    "no weights": (unlink("model.safetensors"), ("data.model_path", "MODEL_WITHOUT_WEIGHTS", E)),
+    "a shard missing": (spoil_shards, ("data.model_path", "MODEL_UNREADABLE", E)),
+    "weights cut off": (spoil_weights, ("data.model_path", "MODEL_UNREADABLE", E)),
+    "only .bin": (spoil_to_bin, ("data.model_path", "MODEL_WITHOUT_SAFETENSORS", W)),
+    "adapter alone": (spoil_to_adapter, ("data.model_path", "MODEL_IS_ADAPTER", E)),
+    "unknown type": (known_types("gpt2"), ("data.model_path", "MODEL_TYPE_UNKNOWN", E)),
+    "code, unknown type": (
+        both(known_types("gpt2"), lambda w: w.config(auto_map={"AutoModel": "x.X"})),
+        ("data.model_path", "MODEL_NEEDS_ITS_CODE", E),
+    ),
+    "code, known type": (
+        both(known_types("llama"), lambda w: w.config(auto_map={"AutoModel": "x.X"})),
+        ("data.model_path", "MODEL_CODE_NOT_RUN", W),
+    ),
+    "too long": (
+        lambda w: w.config(max_position_embeddings=256),
+        ("training.max_seq_length", "MAX_SEQ_LENGTH_ABOVE_MODEL", W),
+    ),
+    "targets": (spoil_targets, ("lora.lora_target_modules", "TARGET_MODULE_MISSING", E)),
+    "no tokenizer": (unlink("tokenizer.json"), ("data.model_path", "TOKENIZER_NOT_FOUND", E)),
+    "no chat template": (
+        unlink("chat_template.jinja"),
+        ("data.model_path", "CHAT_TEMPLATE_MISSING", E),
+    ),
+    "bad line": (spoil_data, ("data.train_file", "BAD_DATA_LINE", E)),
+    "no sample": (
+        lambda w: w.scene.data.write_text("\n"),
+        ("data.train_file", "DATA_EMPTY", E),
+    ),
+    "eval file and ratio": (
+        lambda w: w.set(
+            data__eval_file=str(w.scene.data),
+            data__eval_ratio=0.5,
+            training__eval_strategy="epoch",
+        ),
+        ("data.eval_ratio", "EVALUATION_FILE_WITH_RATIO", E),
+    ),
+    "split of one": (
+        setting(data__eval_ratio=0.5, training__eval_strategy="epoch"),
+        ("data.eval_ratio", "SPLIT_LEAVES_NONE", E),
+    ),
+    "warm-up": (
+        setting(training__warmup_steps=2),
+        ("training.warmup_steps", "WARMUP_LONGER_THAN_RUN", W),
+    ),
+    "output in model": (
+        lambda w: w.set(data__output_dir=str(w.scene.model / "out")),
+        ("data.output_dir", "OUTPUT_IN_MODEL_FOLDER", E),
+    ),
+    "output of another task": (
+        lambda w: setattr(
+            w,
+            "surroundings",
+            Surroundings(device="cuda:0", capability=AMPERE, output_owner="tasks/other"),
+        ),
+        ("data.output_dir", "OUTPUT_OF_ANOTHER_TASK", W),
+    ),
+    "no manifest": (
+        lambda w: (w.checkpoint() / "manifest.json").unlink(),
+        (RESUME, "NOT_A_CHECKPOINT", E),
+    ),
+    "state missing": (spoil_state, (RESUME, "NOT_A_CHECKPOINT", E)),
+    "state of another size": (spoil_size, (RESUME, "NOT_A_CHECKPOINT", E)),
+    "another rank": (lambda w: w.checkpoint(r=8), (RESUME, "CHECKPOINT_OF_OTHER_LORA", E)),
+    "LoRA for all weights": (
+        both(lambda w: w.checkpoint(), setting(lora__use_lora=False)),
+        (RESUME, "CHECKPOINT_OF_OTHER_LORA", E),
+    ),
+    "another width": (lambda w: w.checkpoint(width=4), (RESUME, "CHECKPOINT_OF_OTHER_MODEL", E)),
+    "another path": (
+        lambda w: w.checkpoint(base="/elsewhere"),
+        (RESUME, "CHECKPOINT_OF_OTHER_PATH", W),
+    ),
+    "nothing to attach": (
+        setting(data__attach_lora=True),
+        ("data.attach_lora", "ADAPTER_NOT_FOUND", E),
+    ),
+    "peft file": (spoil_peft, ("lora.peft_config_path", "BAD_PEFT_CONFIG", E)),
+}
+
+
+@pytest.mark.parametrize("name", WORLD)
+def test_a_rule_about_the_world_fires_alone(world: World, name: str) -> None:
+    spoil, expected = WORLD[name]
+    spoil(world)
+    # That a PEFT file decides is said beside what is wrong with it.
+    found = [v for v in world.judge() if v.reason != "PEFT_CONFIG_WINS"]
+    assert alone(found) == expected
+
+
+def test_a_whole_checkpoint_of_this_task_is_in_order(world: World) -> None:
+    world.checkpoint()
+    assert world.judge() == []
+
+
+def test_what_a_rule_suggests_is_what_there_is(world: World) -> None:
+    spoil_targets(world)
+    (violation,) = world.judge()
+    assert violation.suggested == ("q_proj",)
+    assert "c_attn, q_proj" in violation.message.en
+    spoil_to_adapter(world)
+    (violation,) = world.judge()
+    assert violation.suggested == str(world.scene.root / "base")
+
+
+def test_five_at_once_come_in_one_answer(world: World) -> None:
+    spoil_gguf(world)
+    spoil_data(world)
+    world.set(
+        data__output_dir="/dev/null",
+        training__batch_size=0,
+        training__optimizer="nope",
+        optimization__bf16=True,
+        training__eval_strategy="steps",
+    )
+    found = world.judge()
+    assert {(v.field, v.reason) for v in found} == {
+        ("data.model_path", "MODEL_IS_GGUF"),
+        ("data.train_file", "BAD_DATA_LINE"),
+        ("data.output_dir", "NOT_A_FOLDER"),
+        ("training.batch_size", "OUT_OF_RANGE"),
+        ("training.optimizer", "NOT_A_CHOICE"),
+        ("optimization.bf16", "FP16_WITH_BF16"),
+        ("training.eval_strategy", "EVALUATION_DATA_MISSING"),
+    }
+    for violation in found:
+        assert HAN.search(violation.message.zh)
+
+
+def test_errors_come_first_then_warnings_then_notices(world: World) -> None:
+    world.config(max_position_embeddings=256)
+    world.set(data__eval_ratio=0.5, training__batch_size=0)
+    assert [v.severity for v in world.judge()] == [E, W, N]
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small file system with options, where this machine lets us."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
+            pytest.skip("no right to mount a file system here")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named(world: World, mount: Callable[[str], Path]) -> None:
+    world.set(data__output_dir=str(mount("size=1m") / "out"))
+    assert alone(world.judge()) == ("data.output_dir", "DISK_FULL", E)
+
+
+def test_a_folder_that_cant_be_written_is_named(world: World, mount: Callable[[str], Path]) -> None:
+    if os.geteuid():
+        folder = world.scene.root / "locked"
+        folder.mkdir(mode=0o500)
+    else:  # root may write anywhere but where nobody can
+        folder = mount("ro")
+    world.set(data__output_dir=str(folder / "out"))
+    assert alone(world.judge()) == ("data.output_dir", "NOT_WRITABLE", E)
