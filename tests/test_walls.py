@@ -73,7 +73,8 @@ def test_the_runner_meets_the_daemon_in_the_run_folder_alone() -> None:
     shared = (
         "finetuned_daemon.runs.contract",
         "finetuned_daemon.runs.manifest",
-        "finetuned_daemon.parameters",
+        "finetuned_daemon.parameters.models",
+        "finetuned_daemon.parameters.needs",
         "finetuned_daemon.dataset.formats",
         "finetuned_daemon.dataset.reader",
         "finetuned_daemon.dataset.report",
@@ -81,6 +82,18 @@ def test_the_runner_meets_the_daemon_in_the_run_folder_alone() -> None:
         "finetuned_daemon.texts",
     )
     assert offenders(RUNNER, ("finetuned_daemon", "finetuned", "grpc", "google"), shared) == []
+
+
+def test_parameters_stand_on_nothing_but_their_texts() -> None:
+    """The runner loads them at every start: no protos and no rule of the daemon come with them."""
+    edge = ("protos.py", "schema.py")
+    for file in modules(DAEMON / "parameters"):
+        if file.name not in edge:
+            for name in imports(file, ""):
+                if name.startswith("finetuned"):
+                    allowed = ("finetuned_daemon.parameters", "finetuned_daemon.texts")
+                    assert name.startswith(allowed), f"{file.name} imports {name}"
+                    assert not name.endswith(("parameters.protos", "parameters.schema")), file
 
 
 def test_sql_stands_in_the_store_alone() -> None:

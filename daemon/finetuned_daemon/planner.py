@@ -15,7 +15,12 @@ from finetuned_daemon.dataset.worker import Worker
 from finetuned_daemon.devices import Device
 from finetuned_daemon.errors import DaemonError, InvalidRequest, Severity, Violation
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.planning.model_files import ModelFiles, ModelUnreadable, read_model
+from finetuned_daemon.planning.model_files import (
+    ModelFiles,
+    ModelUnreadable,
+    base_folder,
+    read_model,
+)
 from finetuned_daemon.planning.plan import Plan, make_plan
 from finetuned_daemon.planning.schedule import Schedule, plan_schedule, split_sizes
 from finetuned_daemon.runs.contract import TrainingType
@@ -25,8 +30,7 @@ from finetuned_daemon.store.records import Records
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import by_severity
 from finetuned_daemon.validation.judge import Judgement
-from finetuned_daemon.validation.model import model_folder
-from finetuned_daemon.validation.rules import warmup_too_long
+from finetuned_daemon.validation.rules import check_warmup
 
 _MODEL = "data.model_path"
 
@@ -59,16 +63,19 @@ class Planner:
         """
         parameters = judgement.resolved
         try:
-            model = await asyncio.to_thread(read_model, model_folder(parameters))
+            model = await asyncio.to_thread(
+                read_model, base_folder(Path(parameters.data.model_path or ""))
+            )
             measured = await self._worker.measure(_request(parameters, training_type, model))
             _check_samples(parameters, measured)
-            plan = make_plan(
+            plan = await asyncio.to_thread(
+                make_plan,
                 parameters,
                 training_type,
                 judgement.device,
                 model,
                 measured,
-                resume_step=resume_step(parameters),
+                resume_step=resume_step(parameters, training_type),
                 tokens_per_second=self._speed(parameters, training_type, judgement.device),
             )
         except ModelUnreadable as error:  # its files, or a PEFT configuration that asks too much
@@ -104,7 +111,7 @@ class Planner:
         samples = await self._train_samples(parameters, training_type)
         if not samples:
             return 0, []
-        schedule = _schedule(parameters, samples)
+        schedule = _schedule(parameters, training_type, samples)
         return schedule.checkpoints, _check_quota(parameters, schedule, left)
 
     def _check_plan(self, plan: Plan, parameters: Parameters) -> list[Violation]:
@@ -114,7 +121,9 @@ class Planner:
     async def _train_samples(self, parameters: Parameters, training_type: TrainingType) -> int:
         """Samples of the training data; 0 where they can't be counted before the run."""
         try:
-            model = await asyncio.to_thread(read_model, model_folder(parameters))
+            model = await asyncio.to_thread(
+                read_model, base_folder(Path(parameters.data.model_path or ""))
+            )
             measured = await self._worker.measure(_request(parameters, training_type, model))
         except (DaemonError, ModelUnreadable):
             # The run will say what is wrong. Chats can be counted without a tokenizer; without a
@@ -151,32 +160,31 @@ def _request(
     parameters: Parameters, training_type: TrainingType, model: ModelFiles
 ) -> MeasureRequest:
     data, training = parameters.data, parameters.training
-    # As the run itself does: a model without that many positions cuts earlier.
-    length = min(training.max_seq_length, model.max_position_embeddings or training.max_seq_length)
     return MeasureRequest(
         training_type=training_type,
         train_file=data.train_file or "",
         eval_file=data.eval_file if training.eval_strategy != "no" else None,
         tokenizer_path=data.tokenizer_path or data.model_path or "",
-        max_seq_length=length,
+        max_seq_length=model.fitting_length(training.max_seq_length),
         max_samples=data.max_samples,
     )
 
 
-def _schedule(parameters: Parameters, samples: int) -> Schedule:
+def _schedule(parameters: Parameters, training_type: TrainingType, samples: int) -> Schedule:
     data, training = parameters.data, parameters.training
     evaluates = training.eval_strategy != "no" and bool(data.eval_file or data.eval_ratio)
     if evaluates and not data.eval_file:
         samples, _ = split_sizes(samples, data.eval_ratio)
     return plan_schedule(
-        training, samples, evaluates=evaluates, resume_step=resume_step(parameters)
+        training, samples, evaluates=evaluates, resume_step=resume_step(parameters, training_type)
     )
 
 
-def resume_step(parameters: Parameters) -> int:
+def resume_step(parameters: Parameters, training_type: TrainingType) -> int:
     """Step of the checkpoint that a run goes on from; 0 where it begins anew."""
     data = parameters.data
-    if not data.resume_from_checkpoint or data.attach_lora:
+    attaches = training_type is TrainingType.SFT and parameters.lora.use_lora and data.attach_lora
+    if not data.resume_from_checkpoint or attaches:
         return 0
     manifest: Any = json.loads((Path(data.resume_from_checkpoint) / MANIFEST).read_bytes())
     return int(manifest["step"])
@@ -244,9 +252,8 @@ def _check_lengths(plan: Plan, parameters: Parameters) -> list[Violation]:
             f"有 {plan.cut_samples} 个样本超过 {length} 个 token，将被截断",
         )
         found.append(Violation(field, text, "SAMPLES_CUT", Severity.NOTICE))
-    total, steps = plan.schedule.total_steps, parameters.training.warmup_steps
-    if parameters.training.max_steps <= 0 and steps >= total:
-        found.append(warmup_too_long(steps, total))
+    if parameters.training.max_steps <= 0:
+        found += check_warmup(parameters.training, plan.schedule.total_steps)
     return found
 
 

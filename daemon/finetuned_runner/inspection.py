@@ -67,12 +67,15 @@ def main() -> int:
 
 def answer(request: InspectRequest | MeasureRequest, send: Send) -> Report | Measured | Failure:
     """The last answer to a request; those before it are sent."""
+    if isinstance(request, InspectRequest):
+        try:
+            return inspect(request, send)
+        except OSError as error:
+            return _unreadable("path", request.path, error)
     try:
-        return inspect(request, send) if isinstance(request, InspectRequest) else measure(request)
+        return measure(request)
     except _DataUnusable as error:
         return error.failure
-    except OSError as error:
-        return _unreadable(request, error)
 
 
 def _sender(answers: BinaryIO) -> Send:
@@ -89,11 +92,8 @@ def _end_with_the_daemon() -> None:
     os._exit(1)
 
 
-def _unreadable(request: InspectRequest | MeasureRequest, error: OSError) -> Failure:
-    field = "path" if isinstance(request, InspectRequest) else "data.train_file"
-    if isinstance(request, MeasureRequest) and error.filename == request.eval_file:
-        field = "data.eval_file"
-    path, why = error.filename, error.strerror or str(error)
+def _unreadable(field: str, path: str, error: OSError) -> Failure:
+    why = error.strerror or str(error)
     text = Text(f"{path} can't be read: {why}", f"无法读取 {path}：{why}")
     return Failure(field=field, reason="NOT_READABLE", message=text)
 
@@ -237,8 +237,8 @@ def measure(request: MeasureRequest) -> Measured:
     """Counts what a run would train on.
 
     Raises:
-        _DataUnusable: A file holds no samples or bad lines, or the tokenizer can't read them.
-        OSError: A file can't be read.
+        _DataUnusable: A file can't be read, holds no samples or bad lines, or the tokenizer can't
+            read them.
     """
     from finetuned_runner import token_figures
     from finetuned_runner.encoding import TokenizerUnusable, open_tokenizer
@@ -251,13 +251,16 @@ def measure(request: MeasureRequest) -> Measured:
     try:
         tokenizer = open_tokenizer(request.tokenizer_path)
         for field, path, max_samples in files:
-            reading = Reading(Path(path), request.training_type, max_samples)
             measure_file = (
                 token_figures.measure_chats
                 if request.training_type is TrainingType.SFT
                 else token_figures.measure_documents
             )
-            figures, all_read = measure_file(reading, tokenizer, request.max_seq_length)
+            try:
+                reading = Reading(Path(path), request.training_type, max_samples)
+                figures, all_read = measure_file(reading, tokenizer, request.max_seq_length)
+            except OSError as error:
+                raise _DataUnusable(_unreadable(field, path, error)) from error
             _check(field, Path(path), reading)
             measured.append(figures)
             exact = exact and all_read

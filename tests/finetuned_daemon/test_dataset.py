@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,63 @@ def test_a_text_file_that_is_not_utf8_names_line_and_byte(tmp_path: Path) -> Non
     assert (bad.line, bad.byte_offset, bad.reason) == (2, 7, "NOT_UTF8")
     assert "at byte 5" in bad.message.en
     assert bad.excerpt == "two \ufffd three"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("data", "line", "byte_offset", "byte"),
+    [
+        (b"\xef\xbb\xbf\xff", 1, 0, 4),
+        ("你好\n你".encode() + b"\xe4\xbd", 2, 7, 4),
+        ("你好\r\n\n".encode() + b"\xe4\nx", 3, 9, 1),
+        ("é".encode() * 5 + b"\xc3\n", 1, 0, 11),
+    ],
+)
+def test_what_is_not_utf8_is_found_wherever_the_reading_pauses(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chunk: int,
+    data: bytes,
+    line: int,
+    byte_offset: int,
+    byte: int,
+) -> None:
+    monkeypatch.setattr(reader, "_CHUNK", chunk)
+    path = tmp_path / "book.txt"
+    path.write_bytes(data)
+    [bad] = read_documents(path)
+    assert isinstance(bad, BadLine)
+    assert (bad.line, bad.byte_offset, bad.reason) == (line, byte_offset, "NOT_UTF8")
+    assert f"at byte {byte})" in bad.message.en
+    assert scan(path, PRETRAIN).bad == [bad]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 1 << 20])
+def test_a_text_file_is_one_document_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(reader, "_CHUNK", chunk)
+    path = tmp_path / "book.txt"
+    path.write_bytes("\ufeff 你好\r\né 🙂\n".encode())
+    assert list(read_documents(path)) == [
+        Document(1, " 你好\r\né 🙂\n", DataFormat.PLAIN_TEXT),
+    ]
+    assert scan(path, PRETRAIN).formats == {DataFormat.PLAIN_TEXT: 1}
+    path.write_bytes("\ufeff \r\n\u3000\n".encode())
+    assert list(read_documents(path)) == []
+    assert scan(path, PRETRAIN).samples == 0
+
+
+def test_a_scan_does_not_hold_a_long_text(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("word " * (4 << 20))
+    tracemalloc.start()
+    try:
+        assert scan(path, PRETRAIN).samples == 1
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 << 20, "the text takes 20 MiB"
 
 
 def test_a_line_that_is_too_long_is_bad_and_the_next_one_is_read(

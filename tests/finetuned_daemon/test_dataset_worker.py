@@ -49,9 +49,10 @@ async def test_a_measurement_is_remembered_until_data_or_tokenizer_change(tmp_pa
     assert starts(tmp_path) == 1
     write_jsonl(path, chats(7))
     assert (await worker.measure(request)).train_samples == 7
-    (model / "chat_template.jinja").touch()
-    assert (await worker.measure(request)).train_samples == 7
-    assert starts(tmp_path) == 3
+    for number, name in enumerate(("chat_template.jinja", "vocab.json"), 3):
+        (model / name).touch()
+        assert (await worker.measure(request)).train_samples == 7
+        assert starts(tmp_path) == number
     await worker.close()
 
 
@@ -96,10 +97,9 @@ async def test_a_python_that_is_not_there_is_an_environment_that_is_not_ready(
             pass
 
 
-PATIENT = (
-    'echo \'{"kind": "progress", "bytes_read": 0, "bytes_total": 0, "samples": 0, "bad_lines": 0}\''
-    "\necho $$ >> pids\nexec cat > /dev/null"
-)
+PATIENT = """echo $$ >> pids
+echo '{"kind": "progress", "bytes_read": 0, "bytes_total": 0, "samples": 0, "bad_lines": 0}'
+exec cat > /dev/null"""
 """Tells its progress, and then waits for what never comes."""
 
 

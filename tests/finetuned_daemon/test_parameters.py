@@ -20,6 +20,7 @@ from finetuned_daemon.validation.surroundings import Surroundings
 
 FACTS: list[dict[str, Any]] = json.loads((REPOSITORY / "tests/data/parameters.json").read_text())
 BY_PATH = {f"{fact['section']}.{fact['name']}": fact for fact in FACTS}
+PATHS = ("file", "directory")
 
 
 CAN_ALL = Surroundings(
@@ -48,30 +49,95 @@ def test_the_models_have_the_49_parameters_in_their_order() -> None:
     assert len(of_models) == 49
 
 
+WRONG_IN_ITSELF = ("WRONG_TYPE", "OUT_OF_RANGE", "NOT_A_CHOICE", "NOT_A_PATH", "NOT_ABSOLUTE")
+
+
+def refused(path: str, value: Any) -> list[Violation]:
+    """What is said of a value whatever other fields and the world are like."""
+    found = [v for v in judge({path: value}) if v.reason in WRONG_IN_ITSELF]
+    assert all(v.field.startswith(path) for v in found)
+    return found
+
+
 NUMBERS = [path for path, fact in BY_PATH.items() if "min" in fact]
 
 
 @pytest.mark.parametrize("path", NUMBERS)
 def test_a_number_is_accepted_at_its_ends_and_refused_beyond(path: str) -> None:
     fact = BY_PATH[path]
-    step = fact.get("step", 1) if fact["type"] == "int" else fact["min"] / 10 or 0.01
+    low, high = fact["min"], fact["max"]
     section, name = path.split(".")
-    for good in (fact["min"], fact["max"]):
+    for good in (low, high):
         model = SECTIONS[section].model_validate({name: good})
         assert getattr(model, name) == good
-        assert [v for v in judge({path: good}) if v.reason == "OUT_OF_RANGE"] == []
-    for bad in (fact["min"] - step, fact["max"] + step):
-        (violation,) = [v for v in judge({path: bad}) if v.reason == "OUT_OF_RANGE"]
-        assert violation.field == path
-        assert str(fact["min"]) in violation.message.en
-        assert str(bad) in violation.message.en
+        assert refused(path, good) == []
+    step = fact.get("step", 1)
+    is_whole = fact["type"] == "int"
+    for bad, end in (
+        (low - step if is_whole else math.nextafter(low, -math.inf), low),
+        (high + step if is_whole else math.nextafter(high, math.inf), high),
+    ):
+        (violation,) = refused(path, bad)
+        assert (violation.field, violation.reason) == (path, "OUT_OF_RANGE")
+        assert violation.suggested == end
+        for text in violation.message:
+            assert all(str(number) in text for number in (low, high, bad))
+
+
+@pytest.mark.parametrize("path", [p for p in NUMBERS if BY_PATH[p]["type"] == "float"])
+def test_a_fraction_may_be_written_without_a_point_and_finer_than_the_step(path: str) -> None:
+    """The step is the control's: 0.05 and 0.033 are both ratios."""
+    fact = BY_PATH[path]
+    assert refused(path, (fact["min"] + fact["max"]) / 3) == []
+    assert refused(path, 1) == [] or fact["max"] < 1
+    for bad in (math.nan, math.inf, -math.inf):
+        (violation,) = refused(path, bad)
+        assert violation.reason == "OUT_OF_RANGE"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in NUMBERS if BY_PATH[p]["type"] == "int" and "step" in BY_PATH[p]]
+)
+def test_a_whole_number_between_two_steps_is_refused_with_the_nearest(path: str) -> None:
+    fact = BY_PATH[path]
+    assert fact["step"] > 1
+    assert refused(path, fact["min"] + fact["step"]) == []
+    for bad in (fact["min"] + 1, fact["min"] + fact["step"] - 1, fact["max"] - 1):
+        (violation,) = refused(path, bad)
+        assert (violation.field, violation.reason) == (path, "OUT_OF_RANGE")
+        assert violation.suggested % fact["step"] == 0
+        assert abs(violation.suggested - bad) <= fact["step"] / 2
+
+
+@pytest.mark.parametrize("path", [p for p, f in BY_PATH.items() if f["type"] == "bool"])
+def test_a_switch_is_accepted_on_and_off(path: str) -> None:
+    for value in (True, False):
+        assert refused(path, value) == []
+
+
+@pytest.mark.parametrize("path", [p for p, f in BY_PATH.items() if f["type"] in PATHS])
+def test_a_path_is_accepted_where_it_is_absolute(path: str) -> None:
+    assert refused(path, "/absent") == []
+    (violation,) = refused(path, "relative")
+    assert (violation.field, violation.reason) == (path, "NOT_ABSOLUTE")
+
+
+@pytest.mark.parametrize("path", [p for p, f in BY_PATH.items() if f["type"] in PATHS])
+def test_an_empty_path_is_none(path: str) -> None:
+    """A form sends it where a user has cleared the field."""
+    section, name = path.split(".")
+    assert getattr(SECTIONS[section].model_validate({name: ""}), name) is None
+    for empty in ("", None):
+        found = [v.reason for v in judge({path: empty}, complete=True) if v.field == path]
+        assert found == (["REQUIRED"] if BY_PATH[path]["required"] else [])
 
 
 @pytest.mark.parametrize("path", BY_PATH)
-def test_a_default_is_accepted(path: str) -> None:
+def test_the_default_is_the_one_of_the_facts_and_accepted(path: str) -> None:
     fact = BY_PATH[path]
-    if fact["default"] is not None:
-        assert judge({path: fact["default"]}) == []
+    section, name = path.split(".")
+    assert getattr(getattr(Parameters(), section), name) == fact["default"]
+    assert judge({path: fact["default"]}) == []
 
 
 WRONG_TYPES: dict[str, tuple[Any, ...]] = {
@@ -88,14 +154,16 @@ WRONG_TYPES: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("path", BY_PATH)
 def test_a_value_of_another_type_is_refused(path: str) -> None:
     for bad in WRONG_TYPES[BY_PATH[path]["type"]]:
-        found = [v for v in judge({path: bad}) if v.reason in ("WRONG_TYPE", "NOT_A_CHOICE")]
+        found = refused(path, bad)
         assert found, f"{bad!r} is taken"
-        assert found[0].field.startswith(path)
+        assert found[0].reason in ("WRONG_TYPE", "NOT_A_CHOICE")
 
 
 def test_a_list_takes_any_names_from_one_to_256() -> None:
     path = "lora.lora_target_modules"
     assert judge({path: ["any"]}) == judge({path: ["x"] * 256}) == []
+    for choice in BY_PATH[path]["choices"]:
+        assert refused(path, [choice]) == []
     for bad in ([], ["x"] * 257):
         assert [v.reason for v in judge({path: bad})] == ["OUT_OF_RANGE"]
 
@@ -103,17 +171,13 @@ def test_a_list_takes_any_names_from_one_to_256() -> None:
 @pytest.mark.parametrize("path", [p for p, f in BY_PATH.items() if f["type"] == "choice"])
 def test_a_choice_is_one_of_its_choices(path: str) -> None:
     for choice in BY_PATH[path]["choices"]:
-        assert [v for v in judge({path: choice}) if v.reason == "NOT_A_CHOICE"] == []
-    (violation,) = judge({path: "nope"})
-    assert (violation.field, violation.reason) == (path, "NOT_A_CHOICE")
-    for choice in BY_PATH[path]["choices"]:
-        assert choice in violation.message.en
-
-
-def test_not_a_number_is_no_number() -> None:
-    assert [v.field for v in judge({"training.learning_rate": math.nan})] == [
-        "training.learning_rate"
-    ]
+        assert refused(path, choice) == []
+    for bad in ("nope", "", BY_PATH[path]["choices"][0].upper()):
+        (violation,) = judge({path: bad})
+        assert (violation.field, violation.reason) == (path, "NOT_A_CHOICE")
+        assert violation.suggested == BY_PATH[path]["default"]
+        for text in violation.message:
+            assert all(choice in text for choice in BY_PATH[path]["choices"])
 
 
 def test_a_start_demands_what_is_required_and_has_no_default() -> None:

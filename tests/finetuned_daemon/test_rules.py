@@ -110,6 +110,12 @@ ACROSS: list[tuple[Values, TrainingType, Surroundings, tuple[str, str, Severity]
         ("lora.merge_lora", "LORA_OFF", N),
     ),
     (
+        {"lora.peft_config_path": "/absent", "data.attach_lora": True},
+        SFT,
+        ON_AMPERE,
+        ("lora.peft_config_path", "ATTACHED_LORA_WINS", N),
+    ),
+    (
         {"data.attach_lora": True},
         PRETRAIN,
         ON_AMPERE,
@@ -158,6 +164,12 @@ def test_a_rule_across_fields_fires_alone(
     expected: tuple[str, str, Severity],
 ) -> None:
     assert alone(judge(values, training_type, surroundings)) == expected
+
+
+def test_a_constant_schedule_has_no_warm_up_to_be_too_long() -> None:
+    values = {"training.max_steps": 10, "training.warmup_steps": 10}
+    assert judge({**values, "training.lr_scheduler_type": "constant"}) == []
+    assert judge({**values, "training.lr_scheduler_type": "constant_with_warmup"}) != []
 
 
 def test_defaults_on_a_gpu_are_in_order() -> None:

@@ -407,6 +407,26 @@ def test_what_cant_be_measured_names_the_field(tmp_path, model, train, evaluatio
     assert failure.message.zh
 
 
+@pytest.mark.parametrize("missing", ["data.train_file", "data.eval_file"])
+def test_a_file_that_is_gone_is_named_however_its_path_is_spelled(tmp_path, model, missing):
+    from finetuned_runner.inspection import answer
+
+    path = write_jsonl(tmp_path / "chats.jsonl", chats(6))
+    gone = f"{tmp_path}//./gone.jsonl"
+    train, evaluation = (gone, path) if missing == "data.train_file" else (path, gone)
+    request = MeasureRequest(
+        training_type=SFT,
+        train_file=str(train),
+        eval_file=str(evaluation),
+        tokenizer_path=str(model),
+        max_seq_length=128,
+    )
+    failure = answer(request, lambda answer: None)
+    assert isinstance(failure, Failure)
+    assert (failure.field, failure.reason) == (missing, "NOT_READABLE")
+    assert gone in failure.message.en
+
+
 # --- the process
 
 PEAK = """

@@ -120,21 +120,47 @@ def read_documents(path: Path) -> Iterator[Document | BadLine]:
             yield Document(raw.line, text, byte_offset=raw.byte_offset)
 
 
+def read_plain_text(path: Path) -> Iterator[str | BadLine]:
+    """Yields a text in pieces, and last the line that is not UTF-8, where there is one.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    line, line_start, offset = 1, 0, 0
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(_CHUNK)
+            try:
+                yield decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                # What was decoded ends with the chunk, but may begin before it or behind a BOM.
+                at = offset + len(chunk) - len(error.object) + error.start
+                before = chunk[: max(0, at - offset)]
+                if b"\n" in before:
+                    line_start = offset + before.rindex(b"\n") + 1
+                file.seek(line_start)
+                data = file.readline(4 * _EXCERPT_CHARACTERS)
+                bad = _Raw(line + before.count(b"\n"), line_start, data)
+                yield bad.bad("NOT_UTF8", _not_utf8(error.reason, at - line_start))
+                return
+            if not chunk:
+                return
+            if b"\n" in chunk:
+                line += chunk.count(b"\n")
+                line_start = offset + chunk.rindex(b"\n") + 1
+            offset += len(chunk)
+
+
 def _read_plain_text(path: Path) -> Iterator[Document | BadLine]:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        start = error.start + (len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0)
-        line_start = raw.rfind(b"\n", 0, start) + 1
-        line = _Raw(
-            raw.count(b"\n", 0, line_start) + 1,
-            line_start,
-            raw[line_start : line_start + _CHUNK].partition(b"\n")[0],
-        )
-        yield line.bad("NOT_UTF8", _not_utf8(error.reason, start - line_start))
-        return
-    del raw
+    pieces = list[str]()
+    for piece in read_plain_text(path):
+        if isinstance(piece, BadLine):
+            yield piece
+            return
+        pieces.append(piece)
+    text = "".join(pieces)
+    del pieces
     if text.strip():
         yield Document(1, text, DataFormat.PLAIN_TEXT)
 
@@ -167,12 +193,12 @@ def _not_utf8(why: str, index: int) -> Text:
 def _not_json(raw: _Raw, error: json.JSONDecodeError) -> Text:
     if error.lineno == 1:
         return Text(
-            f"not JSON ({error.msg} at column {error.colno})",
+            f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})",
             f"不是 JSON（第 {error.colno} 列：{error.msg}）",
         )
     line = raw.line + error.lineno - 1
     return Text(
-        f"not JSON ({error.msg} at line {line}, column {error.colno})",
+        f"not JSON ({error.msg.removesuffix(' at')} at line {line}, column {error.colno})",
         f"不是 JSON（第 {line} 行第 {error.colno} 列：{error.msg}）",
     )
 

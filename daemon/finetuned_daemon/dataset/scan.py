@@ -12,7 +12,13 @@ from itertools import islice
 from pathlib import Path
 
 from finetuned_daemon.dataset.formats import DataFormat
-from finetuned_daemon.dataset.reader import BadLine, read_chats, read_documents
+from finetuned_daemon.dataset.reader import (
+    BadLine,
+    is_plain_text,
+    read_chats,
+    read_documents,
+    read_plain_text,
+)
 from finetuned_daemon.dataset.report import MOST_BAD_LINES
 from finetuned_daemon.runs.contract import TrainingType
 
@@ -93,6 +99,8 @@ def _changed(path: Path, before: os.stat_result) -> bool:
 
 
 def _read(path: Path, training_type: TrainingType, max_samples: int) -> Scan:
+    if training_type is TrainingType.PRETRAIN and is_plain_text(path):
+        return _read_plain_text(path)
     items = read_chats(path) if training_type is TrainingType.SFT else read_documents(path)
     bad = list[BadLine]()
     bad_count = 0
@@ -105,3 +113,13 @@ def _read(path: Path, training_type: TrainingType, max_samples: int) -> Scan:
         if len(bad) < MOST_BAD_LINES:
             bad.append(item)
     return Scan(formats.total(), bad, bad_count, formats)
+
+
+def _read_plain_text(path: Path) -> Scan:
+    """Looks at one document piece by piece: the daemon must not hold what may be gigabytes."""
+    holds_text = False
+    for piece in read_plain_text(path):
+        if isinstance(piece, BadLine):
+            return Scan(0, [piece], 1)
+        holds_text = holds_text or bool(piece.strip())
+    return Scan(1, [], 0, Counter([DataFormat.PLAIN_TEXT])) if holds_text else Scan(0, [], 0)

@@ -44,6 +44,11 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
+    # What a fast tokenizer is made of where there is no tokenizer.json.
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
 )
 
 _Identity = tuple[str, int, int, int]
@@ -222,7 +227,7 @@ def _identify(request: MeasureRequest) -> _Key:
 
 def _identity(path: str) -> _Identity | None:
     try:
-        status = os.stat(path)  # noqa: PTH116 - one call for nine files, many times a minute
+        status = os.stat(path)  # noqa: PTH116 - one call for a dozen files, many times a minute
     except OSError:
         return None  # the process says so, if it matters
     return path, status.st_size, status.st_mtime_ns, status.st_ino

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from finetuned_daemon.texts import NOTHING, Text
@@ -124,6 +124,14 @@ class Section(BaseModel):
 
     # Strict: a bool is no int and a string no number; clients that read text convert it themselves.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_path_is_none(cls, value: Any, validation: ValidationInfo) -> Any:
+        # What a form sends once a user has cleared the field; absent would keep what was there.
+        if value == "" and validation.field_name is not None:
+            return None if info_of(cls.model_fields[validation.field_name]).path else value
+        return value
 
 
 def info_of(field: FieldInfo) -> ParameterInfo:

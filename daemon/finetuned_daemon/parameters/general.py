@@ -42,8 +42,8 @@ class LoggingParameters(Section):
         unit=STEPS,
         help=Text(
             "Steps over which the reported loss is averaged. A lower number gives a finer curve "
-            "with more noise; progress is shown twice a second in any case.",
-            "上报的损失是多少步的平均值。数值越小曲线越细、噪声越大；进度无论如何每秒更新约两次。",
+            "with more noise; progress comes up to twice a second in any case.",
+            "上报的损失是多少步的平均值。数值越小曲线越细、噪声越大；进度不受影响，每秒最多更新两次。",
         ),
     )
 

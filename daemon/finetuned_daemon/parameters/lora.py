@@ -19,12 +19,9 @@ TARGET_MODULES = {
 
 _VISIBLE = (SFT_ONLY,)
 _WITH_LORA = (one_of("lora.use_lora", True),)
-# A PEFT file, and attached weights, bring a shape of their own.
-_OWN_SHAPE = (
-    *_WITH_LORA,
-    one_of("lora.peft_config_path", None),
-    one_of("data.attach_lora", False),
-)
+# Attached weights, and a PEFT file, bring a shape of their own.
+_IS_FRESH = one_of("data.attach_lora", False)
+_SHAPED_HERE = (*_WITH_LORA, _IS_FRESH, one_of("lora.peft_config_path", None))
 
 
 class LoraParameters(Section):
@@ -55,7 +52,7 @@ class LoraParameters(Section):
         ge=1,
         le=512,
         visible_when=_VISIBLE,
-        enabled_when=_OWN_SHAPE,
+        enabled_when=_SHAPED_HERE,
         help=Text(
             "Rank of the added matrices. More rank can learn more and takes more memory; 4 to 8 "
             "will do for a narrow task, 16 is a good start, 32 to 64 is for large and varied data.",
@@ -72,7 +69,7 @@ class LoraParameters(Section):
         ge=1,
         le=512,
         visible_when=_VISIBLE,
-        enabled_when=_OWN_SHAPE,
+        enabled_when=_SHAPED_HERE,
         help=Text(
             "Scale of what LoRA adds: alpha divided by r. With alpha equal to r the scale is 1; "
             "twice r makes its influence stronger. If you change r and want the same behaviour, "
@@ -90,7 +87,7 @@ class LoraParameters(Section):
         le=1,
         step=0.01,
         visible_when=_VISIBLE,
-        enabled_when=_OWN_SHAPE,
+        enabled_when=_SHAPED_HERE,
         help=Text(
             "Share of the inputs of each LoRA layer that is left out at random while training, "
             "against learning by heart. 0.05 to 0.1 helps with little data; with much, leave it "
@@ -110,7 +107,7 @@ class LoraParameters(Section):
         min_length=1,
         max_length=256,
         visible_when=_VISIBLE,
-        enabled_when=_OWN_SHAPE,
+        enabled_when=_SHAPED_HERE,
         help=Text(
             "The layers that get LoRA matrices, by their name in the model. All seven projections "
             "learn best; the four of the attention alone save memory. Other architectures have "
@@ -127,11 +124,11 @@ class LoraParameters(Section):
         visible_when=_VISIBLE,
         enabled_when=_WITH_LORA,
         help=Text(
-            "Also writes the whole model with the LoRA weights worked in, into the folder merged: "
-            "as large as the base model, and usable without any adapter. The adapter is kept in "
-            "any case.",
-            "训练结束后，额外在 merged 目录写出并入 LoRA 权重的完整模型：大小与基础模型相同，使用"
-            "时无需适配器。适配器本身总会保留。",
+            "Also writes the whole model with the LoRA weights worked in, into the folder merged; "
+            "it is used without any adapter. It takes the room of all weights in the precision of "
+            "the run, four bytes each on the CPU. The adapter is kept in any case.",
+            "训练结束后，额外在 merged 目录写出并入 LoRA 权重的完整模型，使用时无需适配器。其大小为"
+            "全部权重按运行精度存储所需的空间，在 CPU 上每个权重占四字节。适配器本身总会保留。",
         ),
     )
     peft_config_path: str | None = parameter(
@@ -141,7 +138,7 @@ class LoraParameters(Section):
         "optional",
         path="file",
         visible_when=_VISIBLE,
-        enabled_when=_WITH_LORA,
+        enabled_when=(*_WITH_LORA, _IS_FRESH),
         help=Text(
             "A JSON file with a PEFT configuration of the type LORA, such as the "
             "adapter_config.json of an earlier training. It decides instead of r, alpha, dropout "

@@ -30,10 +30,10 @@ class OptimizationParameters(Section):
         "common",
         help=Text(
             "Keeps the state of AdamW in 8 bits: a quarter of its memory, which matters when all "
-            "weights are trained and hardly at all with LoRA. It needs an NVIDIA GPU and "
-            "bitsandbytes.",
+            "weights are trained and hardly at all with LoRA. Other optimizers have no such form. "
+            "It needs an NVIDIA GPU, Ampere or newer, and bitsandbytes.",
             "以 8-bit 保存 AdamW 的状态，占用约为四分之一；全量训练时效果明显，LoRA 时差别很小。"
-            "需要 NVIDIA GPU 和 bitsandbytes。",
+            "其他优化器没有 8-bit 版本。需要 NVIDIA Ampere 或更新的 GPU 和 bitsandbytes。",
         ),
     )
     fp16: bool = parameter(
@@ -57,10 +57,10 @@ class OptimizationParameters(Section):
         "common",
         help=Text(
             "16-bit floating point with the range of 32 bits: as fast as fp16 and never "
-            "overflowing, so the better choice where the GPU has it (Ampere or newer). Turn fp16 "
-            "off with it.",
+            "overflowing, so the better choice where the GPU has it (Ampere or newer). The CPU has "
+            "it too, seldom faster than float32. Turn fp16 off with it.",
             "具有 32 位数值范围的 16 位浮点：与 fp16 一样快且不会溢出，GPU 支持时（Ampere 或更新）"
-            "是更好的选择。启用时请关闭 fp16。",
+            "是更好的选择。CPU 也支持，但很少比 float32 更快。启用时请关闭 fp16。",
         ),
     )
     tf32: bool = parameter(
@@ -70,9 +70,10 @@ class OptimizationParameters(Section):
         "common",
         help=Text(
             "Lets matrix products in float32 run on the tensor cores with a shorter mantissa: "
-            "several times faster, hardly less exact. It needs an NVIDIA GPU, Ampere or newer.",
-            "让 float32 矩阵乘法以较短的尾数在张量核心上运行：速度快数倍，精度几乎不变。需要 "
-            "NVIDIA Ampere 或更新的 GPU。",
+            "several times faster, hardly less exact. With fp16 or bf16 little is left in float32, "
+            "and it matters little. It needs an NVIDIA GPU, Ampere or newer.",
+            "让 float32 矩阵乘法以较短的尾数在张量核心上运行：速度快数倍，精度几乎不变。启用 fp16 "
+            "或 bf16 后仍用 float32 的计算不多，作用有限。需要 NVIDIA Ampere 或更新的 GPU。",
         ),
     )
     gradient_checkpointing: bool = parameter(

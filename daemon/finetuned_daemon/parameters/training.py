@@ -21,6 +21,8 @@ SchedulerType = Literal[
 ]
 IntervalStrategy = Literal["steps", "epoch", "no"]
 
+# transformers gives this one no warm-up at all.
+_WARMS_UP = none_of("training.lr_scheduler_type", "constant")
 _SAVES = none_of("training.save_strategy", "no")
 _EVALUATES = none_of("training.eval_strategy", "no")
 
@@ -73,11 +75,11 @@ class TrainingParameters(Section):
         multiple_of=8,
         unit=TOKENS,
         help=Text(
-            "Longest sample. What is longer is cut at its end; a chat without an answer before the "
-            "cut is left out. Memory grows with it, so choose what your data needs: inspecting the "
-            "dataset shows how many samples a length would cut.",
-            "样本的最大长度。超出部分从末尾截断；截断后不含回答的对话会被剔除。"
-            "显存随长度增长，请按数据需要选择：数据集检查会显示各长度下有多少样本被截断。",
+            "Longest sample. A longer chat is cut at its end, and left out where no answer stands "
+            "before the cut; pretraining joins its texts, cuts them into blocks of this length and "
+            "loses nothing. Memory grows with it: inspecting the dataset shows what is needed.",
+            "样本的最大长度。更长的对话从末尾截断，截断后不含回答的会被剔除；预训练则将文本相连后"
+            "切成这样长的块，不会丢失内容。显存随长度增长，数据集检查会显示数据实际需要的长度。",
         ),
     )
     learning_rate: float = parameter(
@@ -189,7 +191,7 @@ class TrainingParameters(Section):
             "0.1。",
         ),
         note=Text("no effect where warm-up steps are given", "设置预热步数后不生效"),
-        enabled_when=(one_of("training.warmup_steps", 0),),
+        enabled_when=(_WARMS_UP, one_of("training.warmup_steps", 0)),
     )
     warmup_steps: int = parameter(
         0,
@@ -205,6 +207,7 @@ class TrainingParameters(Section):
             "与预热比例相同，但以步数表示；大于 0 时以此为准。应远小于总步数。",
         ),
         note=Text("0: the ratio decides", "0：以预热比例为准"),
+        enabled_when=(_WARMS_UP,),
     )
     max_grad_norm: float = parameter(
         1.0,
@@ -263,9 +266,9 @@ class TrainingParameters(Section):
         help=Text(
             "When checkpoints are saved, from which a run can be resumed. Each uses one of the "
             "training quota where there is one. With none on the way, a crash loses everything "
-            "since the start; a stop saves one in any case.",
+            "since the start; a stop saves one all the same, unless you ask it not to.",
             "何时保存可用于恢复训练的检查点。若设有训练配额，每个检查点消耗一个。"
-            "不保存时，一旦崩溃将丢失全部进度；主动停止则总会保存一个。",
+            "不保存时，一旦崩溃将丢失全部进度；主动停止仍会保存一个，除非要求不保存。",
         ),
     )
     save_steps: int = parameter(
@@ -340,10 +343,10 @@ class TrainingParameters(Section):
         le=1440,
         unit=Text("minutes", "分钟"),
         help=Text(
-            "Saves one by the clock as well, once so many minutes have gone by without any: no "
-            "more work than this is ever lost.",
-            "除上述策略外，若这么多分钟内没有保存过，也会按时间保存一个：丢失的工作不会超过这段时"
-            "间。",
+            "Saves one by the clock as well, at the first step after so many minutes without any: "
+            "hardly more work than this is ever lost.",
+            "除上述策略外，若这么多分钟内没有保存过，会在下一步结束时按时间保存一个：丢失的工作基本"
+            "不会超过这段时间。",
         ),
         enabled_when=(_SAVES,),
     )

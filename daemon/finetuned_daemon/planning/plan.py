@@ -17,9 +17,9 @@ from finetuned_daemon.planning.setup import plan_setup
 from finetuned_daemon.runs.contract import TrainingType
 
 _START_SECONDS = 4.0
-"""Imports, the model's construction and the first step's own work, as measured."""
+"""Imports, the model's construction and the first step's own work; seen in short runs."""
 _DISK_RATE = 400e6
-"""Bytes a second at which a checkpoint is written, made durable and hashed, as measured."""
+"""Bytes a second at which a checkpoint is written, made durable and hashed; a rough guess."""
 _EVALUATION_COST = 1 / 3
 """Of a token that is scored against one that is learned: it goes forward only."""
 

@@ -81,15 +81,6 @@ def check_model(
     return model
 
 
-def model_folder(parameters: Parameters) -> Path:
-    """The folder of the model: `data.model_path`, or the base model of LoRA weights to attach."""
-    path = Path(parameters.data.model_path or "")
-    adapter = read_json(path / "adapter_config.json")
-    if (path / "config.json").is_file() or not isinstance(adapter, dict):
-        return path
-    return Path(str(adapter.get("base_model_name_or_path") or ""))
-
-
 def _check_no_file(text: str) -> list[Violation]:
     path = Path(text)
     try:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from finetuned_daemon.devices import CPU
 from finetuned_daemon.errors import Severity, Violation
-from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.parameters.models import Parameters, TrainingParameters
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.surroundings import Surroundings
@@ -119,13 +119,16 @@ def _check_loop(p: Parameters) -> Iterator[Violation]:
             "OUT_OF_RANGE",
             suggested=-1,
         )
-    if 0 < training.max_steps <= training.warmup_steps:
-        yield warmup_too_long(training.warmup_steps, training.max_steps)
+    if training.max_steps > 0:
+        yield from check_warmup(training, training.max_steps)
 
 
-def warmup_too_long(warmup_steps: int, total_steps: int) -> Violation:
-    """The warm-up never ends."""
-    return Violation(
+def check_warmup(training: TrainingParameters, total_steps: int) -> Iterator[Violation]:
+    """Whether the warm-up ends before a run of so many steps; the constant schedule has none."""
+    warmup_steps = training.warmup_steps
+    if training.lr_scheduler_type == "constant" or warmup_steps < total_steps:
+        return
+    yield Violation(
         "training.warmup_steps",
         Text(
             f"the warm-up is as long as the run ({warmup_steps} of {total_steps} steps): the "
@@ -179,7 +182,17 @@ def _check_lora(p: Parameters, training_type: TrainingType) -> Iterator[Violatio
                 "LORA_OFF",
                 Severity.NOTICE,
             )
-    if is_sft and p.lora.use_lora and p.lora.peft_config_path:
+    if is_sft and p.lora.use_lora and p.lora.peft_config_path and p.data.attach_lora:
+        yield Violation(
+            "lora.peft_config_path",
+            Text(
+                "has no effect: the weights of data.attach_lora have their own configuration",
+                "无效：data.attach_lora 的权重自带配置",
+            ),
+            "ATTACHED_LORA_WINS",
+            Severity.NOTICE,
+        )
+    elif is_sft and p.lora.use_lora and p.lora.peft_config_path:
         yield Violation(
             "lora.peft_config_path",
             Text(

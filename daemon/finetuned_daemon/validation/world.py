@@ -22,7 +22,7 @@ from finetuned_daemon.validation.checkpoint import (
 )
 from finetuned_daemon.validation.model import check_model, check_tokenizer
 from finetuned_daemon.validation.paths import check_file, check_path, unusable
-from finetuned_daemon.validation.rules import warmup_too_long
+from finetuned_daemon.validation.rules import check_warmup
 from finetuned_daemon.validation.surroundings import Surroundings
 
 _BAD_LINES_NAMED = 5
@@ -55,7 +55,9 @@ def check_world(
         yield from check_checkpoint(parameters, training_type, model)
     elif data.attach_lora and data.model_path and _trains_lora(parameters, training_type):
         yield from check_adapter("data.attach_lora", Path(data.model_path))
-    if parameters.lora.peft_config_path and training_type is TrainingType.SFT:
+    # Attached weights bring a configuration of their own: nobody reads the file then.
+    reads_peft_config = _trains_lora(parameters, training_type) and not data.attach_lora
+    if parameters.lora.peft_config_path and reads_peft_config:
         yield from check_peft_config(parameters.lora.peft_config_path)
     # Chats are samples. How many blocks documents make takes a tokenizer: an estimate knows.
     if train is not None and training_type is TrainingType.SFT:
@@ -127,8 +129,8 @@ def _check_counts(p: Parameters, samples: int) -> Iterator[Violation]:
             return
         samples = rest
     total = plan_schedule(training, samples, evaluates=evaluates).total_steps
-    if training.max_steps <= 0 and training.warmup_steps >= total:
-        yield warmup_too_long(training.warmup_steps, total)
+    if training.max_steps <= 0:
+        yield from check_warmup(training, total)
 
 
 # --- output
