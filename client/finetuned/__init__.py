@@ -26,6 +26,7 @@ from finetuned._version import __version__
 if TYPE_CHECKING:
     from finetuned._aio import AsyncClient as AsyncClient
     from finetuned._client import Client as Client
+    from finetuned._documents import template_document as template_document
     from finetuned._errors import Aborted as Aborted
     from finetuned._errors import AlreadyExists as AlreadyExists
     from finetuned._errors import DaemonNotStarted as DaemonNotStarted
@@ -45,11 +46,21 @@ if TYPE_CHECKING:
     from finetuned._errors import Unauthenticated as Unauthenticated
     from finetuned._errors import Unimplemented as Unimplemented
     from finetuned._launch import start_daemon as start_daemon
+    from finetuned._violations import ParameterViolation as ParameterViolation
     from finetuned._watch import ConnectionLost as ConnectionLost
     from finetuned._watch import WatchItem as WatchItem
+    from finetuned.v1.dataset_service_pb2 import BadLinePolicy as BadLinePolicy
+    from finetuned.v1.dataset_service_pb2 import DatasetReport as DatasetReport
+    from finetuned.v1.dataset_service_pb2 import InspectionProgress as InspectionProgress
     from finetuned.v1.event_pb2 import Event as Event
+    from finetuned.v1.parameter_service_pb2 import EstimateTaskResponse as EstimateTaskResponse
+    from finetuned.v1.parameter_service_pb2 import (
+        GetParameterSchemaResponse as GetParameterSchemaResponse,
+    )
     from finetuned.v1.parameters_pb2 import Parameters as Parameters
+    from finetuned.v1.system_service_pb2 import CheckEnvironmentResponse as CheckEnvironmentResponse
     from finetuned.v1.system_service_pb2 import Device as Device
+    from finetuned.v1.system_service_pb2 import GetQuotaResponse as GetQuotaResponse
     from finetuned.v1.system_service_pb2 import GetSystemInfoResponse as GetSystemInfoResponse
     from finetuned.v1.task_pb2 import EndReason as EndReason
     from finetuned.v1.task_pb2 import Run as Run
@@ -57,29 +68,40 @@ if TYPE_CHECKING:
     from finetuned.v1.task_pb2 import Task as Task
     from finetuned.v1.task_pb2 import TaskState as TaskState
     from finetuned.v1.task_pb2 import TrainingType as TrainingType
+    from finetuned.v1.task_service_pb2 import DeleteTaskResponse as DeleteTaskResponse
     from finetuned.v1.task_service_pb2 import Snapshot as Snapshot
+    from finetuned.v1.template_service_pb2 import Template as Template
 
 __all__ = [
     "Aborted",
     "AlreadyExists",
     "AsyncClient",
+    "BadLinePolicy",
+    "CheckEnvironmentResponse",
     "Client",
     "ConnectionLost",
     "DaemonNotStarted",
     "DaemonUnavailable",
+    "DatasetReport",
     "DeadlineExceeded",
+    "DeleteTaskResponse",
     "Device",
     "EndReason",
+    "EstimateTaskResponse",
     "Event",
     "EventsLost",
     "FailedPrecondition",
     "FieldViolation",
     "FinetunedError",
+    "GetParameterSchemaResponse",
+    "GetQuotaResponse",
     "GetSystemInfoResponse",
+    "InspectionProgress",
     "InternalError",
     "InvalidArgument",
     "NotFound",
     "OutOfRange",
+    "ParameterViolation",
     "Parameters",
     "PermissionDenied",
     "PreconditionViolation",
@@ -89,12 +111,14 @@ __all__ = [
     "Snapshot",
     "Task",
     "TaskState",
+    "Template",
     "TrainingType",
     "Unauthenticated",
     "Unimplemented",
     "WatchItem",
     "__version__",
     "start_daemon",
+    "template_document",
 ]
 
 # Where a name lives; what is not here is an error class.
@@ -114,6 +138,17 @@ _HOMES = {
     "Task": "v1.task_pb2",
     "TaskState": "v1.task_pb2",
     "TrainingType": "v1.task_pb2",
+    "ParameterViolation": "_violations",
+    "BadLinePolicy": "v1.dataset_service_pb2",
+    "DatasetReport": "v1.dataset_service_pb2",
+    "InspectionProgress": "v1.dataset_service_pb2",
+    "EstimateTaskResponse": "v1.parameter_service_pb2",
+    "GetParameterSchemaResponse": "v1.parameter_service_pb2",
+    "CheckEnvironmentResponse": "v1.system_service_pb2",
+    "GetQuotaResponse": "v1.system_service_pb2",
+    "DeleteTaskResponse": "v1.task_service_pb2",
+    "Template": "v1.template_service_pb2",
+    "template_document": "_documents",
     "Snapshot": "v1.task_service_pb2",
 }
 

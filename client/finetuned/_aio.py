@@ -10,21 +10,32 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
-from finetuned import _calls, _silence
+from finetuned import _calls, _prepare, _silence
 from finetuned._calls import Call, Steps, T
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
 from finetuned._launch import start_daemon
 from finetuned._session import Attempts, Session
 from finetuned._status import from_rpc_error
+from finetuned._stubs import stubs
+from finetuned._violations import ParameterViolation
 from finetuned._watch import ENDED, Cursor, WatchItem
+from finetuned.v1.dataset_service_pb2 import BadLinePolicy, DatasetReport, InspectionProgress
 from finetuned.v1.event_pb2 import Event
+from finetuned.v1.parameter_service_pb2 import (
+    EstimateTaskResponse,
+    GetParameterSchemaResponse,
+)
 from finetuned.v1.parameters_pb2 import Parameters
-from finetuned.v1.system_service_pb2 import Device, GetSystemInfoResponse
-from finetuned.v1.system_service_pb2_grpc import SystemServiceStub
+from finetuned.v1.system_service_pb2 import (
+    CheckEnvironmentResponse,
+    Device,
+    GetQuotaResponse,
+    GetSystemInfoResponse,
+)
 from finetuned.v1.task_pb2 import Run, Task, TaskState, TrainingType
-from finetuned.v1.task_service_pb2 import WatchTaskResponse
-from finetuned.v1.task_service_pb2_grpc import TaskServiceStub
+from finetuned.v1.task_service_pb2 import DeleteTaskResponse, WatchTaskResponse
+from finetuned.v1.template_service_pb2 import Template
 
 
 class AsyncClient:
@@ -40,9 +51,10 @@ class AsyncClient:
         token: str | None = None,
         start_daemon: bool = False,
         timeout: float = 10.0,
+        language: str | None = None,
     ) -> None:
         """Connects at the first call. Arguments as for `Client`."""
-        self._session = Session(address, token, timeout)
+        self._session = Session(address, token, timeout, language)
         self._start = start_daemon
         self._address = address
         self._token = token
@@ -78,6 +90,8 @@ class AsyncClient:
         device: str = "",
         task_id: str = "",
         request_id: str = "",
+        template: str = "",
+        update_template: bool = False,
     ) -> Task:
         """As `Client.train`."""
         return await self.create_task(
@@ -88,6 +102,8 @@ class AsyncClient:
             task_id=task_id,
             start=True,
             request_id=request_id,
+            template=template,
+            update_template=update_template,
         )
 
     async def create_task(
@@ -101,6 +117,8 @@ class AsyncClient:
         start: bool = False,
         request_id: str = "",
         validate_only: bool = False,
+        template: str = "",
+        update_template: bool = False,
     ) -> Task:
         """As `Client.create_task`."""
         return await self._run(
@@ -113,6 +131,8 @@ class AsyncClient:
                 start,
                 request_id,
                 validate_only,
+                template,
+                update_template,
             )
         )
 
@@ -134,9 +154,42 @@ class AsyncClient:
             if not token:
                 return
 
-    async def delete_task(self, name: str, *, etag: str = "", allow_missing: bool = False) -> None:
+    async def update_task(
+        self,
+        name: str,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        display_name: str | None = None,
+        device: str | None = None,
+        reset: Iterable[str] = (),
+        update_template: bool = False,
+        validate_only: bool = False,
+        etag: str = "",
+    ) -> Task:
+        """As `Client.update_task`."""
+        return await self._run(
+            _calls.update_task(
+                name,
+                parameters,
+                display_name,
+                device,
+                reset,
+                update_template,
+                validate_only,
+                etag,
+            )
+        )
+
+    async def delete_task(
+        self,
+        name: str,
+        *,
+        etag: str = "",
+        allow_missing: bool = False,
+        delete_outputs: bool = False,
+    ) -> DeleteTaskResponse:
         """As `Client.delete_task`."""
-        await self._run(_calls.delete_task(name, etag, allow_missing))
+        return await self._run(_calls.delete_task(name, etag, allow_missing, delete_outputs))
 
     async def start_task(self, name: str, *, etag: str = "", request_id: str = "") -> Task:
         """As `Client.start_task`."""
@@ -187,7 +240,7 @@ class AsyncClient:
             failure: FinetunedError | None = None
             endpoint = await self._connect()
             call = self._stubs[_calls.TASK_SERVICE].WatchTask(
-                cursor.request(), metadata=endpoint.metadata
+                cursor.request(), metadata=self._session.metadata(endpoint)
             )
             try:
                 while True:
@@ -222,6 +275,136 @@ class AsyncClient:
             pass
         return await self.get_task(task.name)
 
+    async def parameter_schema(
+        self, training_type: str | TrainingType.ValueType
+    ) -> GetParameterSchemaResponse:
+        """As `Client.parameter_schema`."""
+        return await self._run(_prepare.parameter_schema(training_type))
+
+    async def validate(
+        self,
+        training_type: str | TrainingType.ValueType | None = None,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        device: str = "",
+        template: str = "",
+        task: str = "",
+        allow_unfinished: bool = False,
+    ) -> list[ParameterViolation]:
+        """As `Client.validate`."""
+        return await self._run(
+            _prepare.validate(training_type, parameters, device, template, task, allow_unfinished)
+        )
+
+    async def estimate(
+        self,
+        training_type: str | TrainingType.ValueType | None = None,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        device: str = "",
+        template: str = "",
+        task: str = "",
+    ) -> EstimateTaskResponse:
+        """As `Client.estimate`."""
+        return await self._run(_prepare.estimate(training_type, parameters, device, template, task))
+
+    async def create_template(
+        self,
+        display_name: str = "",
+        training_type: str | TrainingType.ValueType | None = None,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        task: str = "",
+        template_id: str = "",
+        request_id: str = "",
+    ) -> Template:
+        """As `Client.create_template`."""
+        return await self._run(
+            _prepare.create_template(
+                display_name, training_type, parameters, task, template_id, request_id
+            )
+        )
+
+    async def get_template(self, name: str) -> Template:
+        """As `Client.get_template`."""
+        return await self._run(_prepare.get_template(name))
+
+    async def list_templates(
+        self, training_type: str | TrainingType.ValueType | None = None
+    ) -> AsyncIterator[Template]:
+        """As `Client.list_templates`."""
+        token = ""
+        while True:
+            page = await self._run(_prepare.list_templates_page(training_type, token))
+            for template in page.templates:
+                yield template
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def update_template(
+        self,
+        name: str,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        display_name: str | None = None,
+        reset: Iterable[str] = (),
+        etag: str = "",
+    ) -> Template:
+        """As `Client.update_template`."""
+        return await self._run(
+            _prepare.update_template(name, parameters, display_name, reset, etag)
+        )
+
+    async def delete_template(
+        self, name: str, *, etag: str = "", allow_missing: bool = False
+    ) -> None:
+        """As `Client.delete_template`."""
+        await self._run(_prepare.delete_template(name, etag, allow_missing))
+
+    async def inspect_dataset(
+        self,
+        path: str,
+        training_type: str | TrainingType.ValueType = "sft",
+        *,
+        tokenizer_path: str = "",
+        max_seq_length: int = 0,
+        bad_line_policy: str | BadLinePolicy.ValueType = "fail",
+        max_rendered_samples: int | None = None,
+        max_samples: int = 0,
+    ) -> AsyncIterator[InspectionProgress | DatasetReport]:
+        """As `Client.inspect_dataset`."""
+        request = _prepare.inspect_request(
+            path,
+            training_type,
+            tokenizer_path,
+            max_seq_length,
+            bad_line_policy,
+            max_rendered_samples,
+            max_samples,
+        )
+        attempts = Attempts(self._session, repeatable=True)
+        while True:
+            was_answered = False
+            endpoint = await self._connect()
+            call = self._stubs[_calls.DATASET_SERVICE].InspectDataset(
+                request, metadata=self._session.metadata(endpoint)
+            )
+            try:
+                async for response in call:
+                    was_answered = self._session.was_reached = True
+                    item = _prepare.inspect_item(response)
+                    if item is not None:
+                        yield item
+                return
+            except grpc.RpcError as error:
+                if was_answered:
+                    raise from_rpc_error(error) from error
+                delay = attempts.after(endpoint, from_rpc_error(error))
+            finally:
+                call.cancel()
+            await asyncio.sleep(delay)
+
     async def system_info(self) -> GetSystemInfoResponse:
         """As `Client.system_info`."""
         return await self._run(_calls.system_info())
@@ -229,6 +412,14 @@ class AsyncClient:
     async def list_devices(self) -> list[Device]:
         """As `Client.list_devices`."""
         return await self._run(_calls.list_devices())
+
+    async def check_environment(self, *, refresh: bool = False) -> CheckEnvironmentResponse:
+        """As `Client.check_environment`."""
+        return await self._run(_prepare.check_environment(refresh))
+
+    async def quota(self) -> GetQuotaResponse:
+        """As `Client.quota`."""
+        return await self._run(_prepare.quota())
 
     async def shutdown(self) -> None:
         """As `Client.shutdown`."""
@@ -257,7 +448,7 @@ class AsyncClient:
                 answer = await method(
                     call.request,
                     timeout=call.timeout or self._session.timeout,
-                    metadata=endpoint.metadata,
+                    metadata=self._session.metadata(endpoint),
                 )
             except grpc.RpcError as error:
                 delay = attempts.after(endpoint, from_rpc_error(error))
@@ -277,9 +468,6 @@ class AsyncClient:
             if endpoint != self._session.endpoint:
                 channel = grpc.aio.insecure_channel(endpoint.target, endpoint.options)
                 self._channels.append(channel)
-                self._stubs = {
-                    _calls.TASK_SERVICE: TaskServiceStub(channel),
-                    _calls.SYSTEM_SERVICE: SystemServiceStub(channel),
-                }
+                self._stubs = stubs(channel)
                 self._session.endpoint = endpoint
             return endpoint

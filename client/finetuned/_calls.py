@@ -12,24 +12,41 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
 from finetuned._errors import FieldViolation, InvalidArgument, NotFound
-from finetuned._parameters import from_mapping, is_utf8, not_utf8
+from finetuned._parameters import (
+    SECTIONS,
+    UNKNOWN_FIELD,
+    closest,
+    fields,
+    flatten,
+    from_mapping,
+    is_utf8,
+    not_utf8,
+)
 from finetuned.v1 import system_service_pb2 as system
 from finetuned.v1 import task_service_pb2 as tasks
+from finetuned.v1 import template_service_pb2 as templates
 from finetuned.v1.parameters_pb2 import Parameters
 from finetuned.v1.system_service_pb2 import Device, GetSystemInfoResponse
 from finetuned.v1.task_pb2 import Task, TaskState, TrainingType
+from finetuned.v1.template_service_pb2 import Template
 
 T = TypeVar("T")
 
 TASK_SERVICE = "TaskService"
 SYSTEM_SERVICE = "SystemService"
+PARAMETER_SERVICE = "ParameterService"
+TEMPLATE_SERVICE = "TemplateService"
+DATASET_SERVICE = "DatasetService"
 
-# Creating and starting reads the whole training file.
-_READING_SECONDS = 120.0
+READING_SECONDS = 120.0
+"""For calls that read the whole training file."""
 
+# Presets have shorter ids than the daemon takes for others.
+_TEMPLATE_ID = re.compile(r"[a-z][a-z0-9-]{2,62}")
 _TASK_ID = re.compile(r"[a-z][a-z0-9-]{3,62}")
 
 
@@ -59,23 +76,27 @@ def create_task(
     start: bool,
     request_id: str,
     validate_only: bool,
+    template: str,
+    update_template: bool,
 ) -> Steps[Task]:
     """CreateTask, repeatable by a request id of our own."""
-    _check_texts(display_name=display_name, device=device, task_id=task_id, request_id=request_id)
+    check_texts(display_name=display_name, device=device, task_id=task_id, request_id=request_id)
     request = tasks.CreateTaskRequest(
         task=Task(
             display_name=display_name,
-            training_type=_training_type(training_type),
+            training_type=training_type_number(training_type),
             parameters=from_mapping(parameters),
             device=device,
+            template=(yield from resolve_template(template)) if template else "",
         ),
         task_id=task_id,
         start=start,
         request_id=request_id or str(uuid.uuid4()),
         validate_only=validate_only,
+        update_template=update_template,
     )
     answer: tasks.CreateTaskResponse = yield Call(
-        TASK_SERVICE, "CreateTask", request, timeout=_READING_SECONDS
+        TASK_SERVICE, "CreateTask", request, timeout=READING_SECONDS
     )
     return answer.task
 
@@ -110,6 +131,54 @@ def resolve(name: str) -> Steps[str]:
     return task.name
 
 
+def template_of(name: str) -> Steps[Template]:
+    """GetTemplate, by any of its names."""
+    _check_name(name, "template")
+    if name.startswith("templates/"):
+        answer: templates.GetTemplateResponse = yield Call(
+            TEMPLATE_SERVICE, "GetTemplate", templates.GetTemplateRequest(name=name)
+        )
+        return answer.template
+    if _TEMPLATE_ID.fullmatch(name):
+        try:
+            return (yield from template_of(f"templates/{name}"))
+        except NotFound:
+            pass  # it can be a display name of the same form
+    found: templates.ListTemplatesResponse = yield Call(
+        TEMPLATE_SERVICE, "ListTemplates", templates.ListTemplatesRequest(display_name=name)
+    )
+    if not found.templates:
+        raise NotFound(f"there is no template {name!r}", reason="TEMPLATE_NOT_FOUND")
+    return found.templates[0]
+
+
+def resolve_template(name: str) -> Steps[str]:
+    """The resource name `templates/{template_id}` for any name of a template."""
+    _check_name(name, "template")
+    if name.startswith("templates/"):
+        return name
+    template = yield from template_of(name)
+    return template.name
+
+
+def mask_of(
+    texts: Mapping[str, str | None], parameters: Iterable[str], reset: Iterable[str]
+) -> FieldMask:
+    """What an update changes: texts that are not None, the parameters given, those to reset.
+
+    Raises:
+        InvalidArgument: A path to reset names no parameter and no section.
+    """
+    known = {*fields(), *SECTIONS}
+    to_reset = [path.removeprefix("parameters.") for path in reset]
+    unknown = [path for path in to_reset if path not in known]
+    if unknown:
+        _refuse([FieldViolation(path, _no_parameter(path), UNKNOWN_FIELD) for path in unknown])
+    paths = [name for name, text in texts.items() if text is not None]
+    paths += [f"parameters.{path}" for path in (*parameters, *to_reset)]
+    return FieldMask(paths=sorted(set(paths)))
+
+
 def list_tasks_page(
     states: Iterable[str | TaskState.ValueType], page_token: str
 ) -> Steps[tasks.ListTasksResponse]:
@@ -121,27 +190,66 @@ def list_tasks_page(
     return page
 
 
-def delete_task(name: str, etag: str, allow_missing: bool) -> Steps[None]:
+def update_task(
+    name: str,
+    parameters: Mapping[str, Any] | Parameters | None,
+    display_name: str | None,
+    device: str | None,
+    reset: Iterable[str],
+    update_template: bool,
+    validate_only: bool,
+    etag: str,
+) -> Steps[Task]:
+    """UpdateTask."""
+    given = from_mapping(parameters)
+    mask = mask_of({"display_name": display_name, "device": device}, flatten(given), reset)
+    check_texts(display_name=display_name or "", device=device or "", etag=etag)
+    request = tasks.UpdateTaskRequest(
+        task=Task(
+            name=(yield from resolve(name)),
+            display_name=display_name or "",
+            device=device or "",
+            parameters=given,
+            etag=etag,
+        ),
+        update_mask=mask,
+        update_template=update_template,
+        validate_only=validate_only,
+    )
+    answer: tasks.UpdateTaskResponse = yield Call(
+        TASK_SERVICE, "UpdateTask", request, timeout=READING_SECONDS
+    )
+    return answer.task
+
+
+def delete_task(
+    name: str, etag: str, allow_missing: bool, delete_outputs: bool
+) -> Steps[tasks.DeleteTaskResponse]:
     """DeleteTask. A repeat would be NOT_FOUND, so it is made only where that is no error."""
     try:
         name = yield from resolve(name)
     except NotFound:
         if allow_missing:
-            return
+            return tasks.DeleteTaskResponse()
         raise
-    _check_texts(etag=etag)
-    request = tasks.DeleteTaskRequest(name=name, etag=etag, allow_missing=allow_missing)
-    yield Call(TASK_SERVICE, "DeleteTask", request, repeatable=allow_missing)
+    check_texts(etag=etag)
+    request = tasks.DeleteTaskRequest(
+        name=name, etag=etag, allow_missing=allow_missing, delete_outputs=delete_outputs
+    )
+    answer: tasks.DeleteTaskResponse = yield Call(
+        TASK_SERVICE, "DeleteTask", request, repeatable=allow_missing, timeout=READING_SECONDS
+    )
+    return answer
 
 
 def start_task(name: str, etag: str, request_id: str) -> Steps[Task]:
     """StartTask, repeatable by a request id of our own."""
-    _check_texts(etag=etag, request_id=request_id)
+    check_texts(etag=etag, request_id=request_id)
     request = tasks.StartTaskRequest(
         name=(yield from resolve(name)), etag=etag, request_id=request_id or str(uuid.uuid4())
     )
     answer: tasks.StartTaskResponse = yield Call(
-        TASK_SERVICE, "StartTask", request, timeout=_READING_SECONDS
+        TASK_SERVICE, "StartTask", request, timeout=READING_SECONDS
     )
     return answer.task
 
@@ -188,20 +296,26 @@ def shutdown() -> Steps[None]:
     yield Call(SYSTEM_SERVICE, "Shutdown", system.ShutdownRequest(), repeatable=False)
 
 
-def _check_name(name: object) -> None:
-    """Raise where it can be no task's name: what came of it would be about another task."""
+def _check_name(name: object, kind: str = "task") -> None:
+    """Raise where it can be no name: what came of it would be about another task or template."""
     if not isinstance(name, str):
-        raise TypeError(f"a task's name is a str, such as task.name, not {type(name).__name__}")
-    _check_texts(name=name)
+        kind_of = type(name).__name__
+        raise TypeError(f"a {kind}'s name is a str, such as {kind}.name, not {kind_of}")
+    check_texts(name=name)
     if not name.strip():
-        _refuse([FieldViolation("name", "must name a task, and is empty", "REQUIRED")])
+        _refuse([FieldViolation("name", f"must name a {kind}, and is empty", "REQUIRED")])
 
 
-def _check_texts(**texts: str) -> None:
+def check_texts(**texts: str) -> None:
     """Raise where protobuf would, with a sentence."""
     wrong = [not_utf8(field) for field, text in texts.items() if not is_utf8(text)]
     if wrong:
         _refuse(wrong)
+
+
+def _no_parameter(path: str) -> str:
+    close = closest(path)
+    return "is no parameter" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _refuse(violations: list[FieldViolation]) -> NoReturn:
@@ -212,17 +326,20 @@ def _refuse(violations: list[FieldViolation]) -> NoReturn:
     )
 
 
-def _training_type(value: str | TrainingType.ValueType) -> TrainingType.ValueType:
-    number: TrainingType.ValueType = _enum(TrainingType, "TRAINING_TYPE_", "training_type", value)
+def training_type_number(value: str | TrainingType.ValueType) -> TrainingType.ValueType:
+    """The number for `sft` or `pretrain`."""
+    number: TrainingType.ValueType = enum_number(
+        TrainingType, "TRAINING_TYPE_", "training_type", value
+    )
     return number
 
 
 def _task_state(value: str | TaskState.ValueType) -> TaskState.ValueType:
-    number: TaskState.ValueType = _enum(TaskState, "TASK_STATE_", "states", value)
+    number: TaskState.ValueType = enum_number(TaskState, "TASK_STATE_", "states", value)
     return number
 
 
-def _enum(enum: Any, prefix: str, field: str, value: Any) -> Any:
+def enum_number(enum: Any, prefix: str, field: str, value: Any) -> Any:
     """The enum's number for `sft`, `SFT`, `TRAINING_TYPE_SFT` or the number itself."""
     if not isinstance(value, str):
         return value

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from finetuned import _calls, _silence
-from finetuned._calls import Call, Steps, T
-from finetuned._connect import Endpoint
+from finetuned import _calls, _prepare, _silence
+from finetuned._caller import Caller
 from finetuned._errors import FinetunedError
-from finetuned._launch import start_daemon
-from finetuned._session import Attempts, Session
+from finetuned._session import Attempts
 from finetuned._silence import Silence
 from finetuned._status import from_rpc_error
+from finetuned._violations import ParameterViolation
 from finetuned._watch import ENDED, Cursor, WatchItem
+from finetuned.v1.dataset_service_pb2 import BadLinePolicy, DatasetReport, InspectionProgress
 from finetuned.v1.event_pb2 import Event
+from finetuned.v1.parameter_service_pb2 import (
+    EstimateTaskResponse,
+    GetParameterSchemaResponse,
+)
 from finetuned.v1.parameters_pb2 import Parameters
 from finetuned.v1.system_service_pb2 import (
+    CheckEnvironmentResponse,
     Device,
-    GetSystemInfoRequest,
+    GetQuotaResponse,
     GetSystemInfoResponse,
 )
-from finetuned.v1.system_service_pb2_grpc import SystemServiceStub
 from finetuned.v1.task_pb2 import Run, Task, TaskState, TrainingType
-from finetuned.v1.task_service_pb2_grpc import TaskServiceStub
-
-# For a daemon that takes connections and drops them.
-_SHORTEST_PAUSE = 0.05
+from finetuned.v1.task_service_pb2 import DeleteTaskResponse
+from finetuned.v1.template_service_pb2 import Template
 
 
-class Client:
+class Client(Caller):
     """The daemon, from a program without asyncio. Threads may share one.
 
     Tasks are named by `tasks/{task_id}`, by the bare id, or by their display name; where an id and
@@ -50,6 +49,7 @@ class Client:
         token: str | None = None,
         start_daemon: bool = False,
         timeout: float = 10.0,
+        language: str | None = None,
     ) -> None:
         """Connects at the first call.
 
@@ -60,14 +60,10 @@ class Client:
                 daemon, at an address that this daemon has announced and nowhere else.
             start_daemon: Start the daemon at the first call if none serves. It lives on.
             timeout: Seconds that a call may take; those that read training data may take longer.
+            language: Of the daemon's sentences, `en` or `zh`; else what `LC_ALL`, `LC_MESSAGES` or
+                `LANG` says.
         """
-        self._session = Session(address, token, timeout)
-        self._start = start_daemon
-        self._address = address
-        self._token = token
-        self._lock = threading.Lock()
-        self._channels: list[grpc.Channel] = []
-        self._stubs: dict[str, Any] = {}
+        super().__init__(address, token, start_daemon, timeout, language)
 
     def __enter__(self) -> Self:
         return self
@@ -97,6 +93,8 @@ class Client:
         device: str = "",
         task_id: str = "",
         request_id: str = "",
+        template: str = "",
+        update_template: bool = False,
     ) -> Task:
         """Create a task and start it, in one step. As `create_task` with `start`."""
         return self.create_task(
@@ -107,6 +105,8 @@ class Client:
             task_id=task_id,
             start=True,
             request_id=request_id,
+            template=template,
+            update_template=update_template,
         )
 
     def create_task(
@@ -120,23 +120,29 @@ class Client:
         start: bool = False,
         request_id: str = "",
         validate_only: bool = False,
+        template: str = "",
+        update_template: bool = False,
     ) -> Task:
         """Create a task.
 
         Args:
             training_type: `sft` or `pretrain`.
             parameters: Section to field to value, such as `{"training": {"batch_size": 4}}`; what
-                is absent has its default. Paths are absolute, on the daemon's machine.
+                is absent is the template's, else the default. Paths are absolute, on the daemon's
+                machine.
             display_name: What a user sees; unique. Empty: made from type and time.
             device: `cpu`, `cuda:0` ... Empty: the first GPU if there is one, else the CPU.
             task_id: The id within `tasks/{task_id}`. Empty: the daemon chooses.
             start: Start it as well.
             request_id: Makes repeats of this call by yourself safe. Empty: a new one.
             validate_only: Check and write nothing.
+            template: Any name of a template, for absent parameters.
+            update_template: Write the task's parameters into that custom template too.
 
         Raises:
             InvalidArgument: Fields are wrong, all of them in `violations`.
             AlreadyExists: The id or the display name is taken.
+            NotFound: No such template.
         """
         return self._run(
             _calls.create_task(
@@ -148,6 +154,8 @@ class Client:
                 start,
                 request_id,
                 validate_only,
+                template,
+                update_template,
             )
         )
 
@@ -171,14 +179,71 @@ class Client:
             if not token:
                 return
 
-    def delete_task(self, name: str, *, etag: str = "", allow_missing: bool = False) -> None:
-        """Delete a task, its runs and events. What its runs wrote into the output folder stays.
+    def update_task(
+        self,
+        name: str,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        display_name: str | None = None,
+        device: str | None = None,
+        reset: Iterable[str] = (),
+        update_template: bool = False,
+        validate_only: bool = False,
+        etag: str = "",
+    ) -> Task:
+        """Change a task; what is not named stays. Earlier runs keep what they ran with.
+
+        Args:
+            name: The task.
+            parameters: Those to change, as for `create_task`.
+            display_name: A new one. None: as it is.
+            device: A new one; empty: the default. None: as it is.
+            reset: Parameters or sections, such as `training.batch_size`, that go back to their
+                defaults unless `parameters` has them.
+            update_template: Write the task's parameters into its custom template too.
+            validate_only: Check and write nothing.
+            etag: The task's `etag` when it was seen. Empty: whatever is there.
+
+        Raises:
+            InvalidArgument: Fields are wrong, all of them in `violations`.
+            FailedPrecondition: It is queued or running, or has no custom template to update.
+            AlreadyExists: The display name is taken.
+            Aborted: It has changed since `etag` was seen.
+        """
+        return self._run(
+            _calls.update_task(
+                name,
+                parameters,
+                display_name,
+                device,
+                reset,
+                update_template,
+                validate_only,
+                etag,
+            )
+        )
+
+    def delete_task(
+        self,
+        name: str,
+        *,
+        etag: str = "",
+        allow_missing: bool = False,
+        delete_outputs: bool = False,
+    ) -> DeleteTaskResponse:
+        """Delete a task, its runs and events, and tell what became of its files.
+
+        Args:
+            name: The task.
+            etag: The task's `etag` when it was seen. Empty: whatever is there.
+            allow_missing: Succeed where there is no such task.
+            delete_outputs: Delete what its runs recorded writing into their output folders too.
 
         Raises:
             FailedPrecondition: It is queued or running.
             Aborted: It has changed since `etag` was seen.
         """
-        self._run(_calls.delete_task(name, etag, allow_missing))
+        return self._run(_calls.delete_task(name, etag, allow_missing, delete_outputs))
 
     def start_task(self, name: str, *, etag: str = "", request_id: str = "") -> Task:
         """Start a new run of a task. It waits in the queue while its device is busy.
@@ -254,7 +319,7 @@ class Client:
             failure: FinetunedError | None = None
             endpoint = self._connect()
             call = self._stubs[_calls.TASK_SERVICE].WatchTask(
-                cursor.request(), metadata=endpoint.metadata
+                cursor.request(), metadata=self._session.metadata(endpoint)
             )
             silence = Silence(call, _silence.SILENCE_SECONDS)
             try:
@@ -289,6 +354,206 @@ class Client:
             pass
         return self.get_task(task.name)
 
+    def parameter_schema(
+        self, training_type: str | TrainingType.ValueType
+    ) -> GetParameterSchemaResponse:
+        """The form of a training type: sections and fields with labels, help, ranges, conditions.
+
+        Labels and help are there in both languages, whatever the client's.
+        """
+        return self._run(_prepare.parameter_schema(training_type))
+
+    def validate(
+        self,
+        training_type: str | TrainingType.ValueType | None = None,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        device: str = "",
+        template: str = "",
+        task: str = "",
+        allow_unfinished: bool = False,
+    ) -> list[ParameterViolation]:
+        """All that is to be said about parameters: errors first, then warnings, then notices.
+
+        Nothing is written, and wrong parameters are an answer, not an exception. With no `error`
+        among the violations, a task with these parameters can be started.
+
+        Args:
+            training_type: `sft` or `pretrain`; needed unless `task` is given.
+            parameters: As for `create_task`; what is absent is the template's or the task's, else
+                the default.
+            device: As for `create_task`.
+            template: Any name of a template.
+            task: Any name of a task: judge an edit of it.
+            allow_unfinished: Required fields may be missing.
+
+        Raises:
+            InvalidArgument: No training type, or no such device.
+            NotFound: No such template or task.
+        """
+        return self._run(
+            _prepare.validate(training_type, parameters, device, template, task, allow_unfinished)
+        )
+
+    def estimate(
+        self,
+        training_type: str | TrainingType.ValueType | None = None,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        device: str = "",
+        template: str = "",
+        task: str = "",
+    ) -> EstimateTaskResponse:
+        """What a run would do and take: steps, checkpoints, disk, memory, time.
+
+        Arguments are those of `validate`.
+
+        Raises:
+            InvalidArgument: Fields are wrong or missing, all of them in `violations`.
+            NotFound: No such template or task.
+        """
+        return self._run(_prepare.estimate(training_type, parameters, device, template, task))
+
+    def create_template(
+        self,
+        display_name: str = "",
+        training_type: str | TrainingType.ValueType | None = None,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        task: str = "",
+        template_id: str = "",
+        request_id: str = "",
+    ) -> Template:
+        """Create a template to begin tasks with.
+
+        Args:
+            display_name: What a user sees; unique.
+            training_type: `sft` or `pretrain`; needed unless `task` is given.
+            parameters: As for `create_task`. Files and folders are not looked at.
+            task: Any name of a task whose type and parameters it takes; `parameters` win.
+            template_id: The id within `templates/{template_id}`. Empty: the daemon chooses.
+            request_id: Makes repeats of this call by yourself safe. Empty: a new one.
+
+        Raises:
+            InvalidArgument: Fields are wrong, all of them in `violations`.
+            AlreadyExists: The id or the display name is taken.
+            NotFound: No such task.
+        """
+        return self._run(
+            _prepare.create_template(
+                display_name, training_type, parameters, task, template_id, request_id
+            )
+        )
+
+    def get_template(self, name: str) -> Template:
+        """The template, by `templates/{template_id}`, id, or display name.
+
+        Raises:
+            NotFound: No such template.
+        """
+        return self._run(_prepare.get_template(name))
+
+    def list_templates(
+        self, training_type: str | TrainingType.ValueType | None = None
+    ) -> Iterator[Template]:
+        """Presets, then custom templates by display name; only those of one type if it is given."""
+        token = ""
+        while True:
+            page = self._run(_prepare.list_templates_page(training_type, token))
+            yield from page.templates
+            token = page.next_page_token
+            if not token:
+                return
+
+    def update_template(
+        self,
+        name: str,
+        parameters: Mapping[str, Any] | Parameters | None = None,
+        *,
+        display_name: str | None = None,
+        reset: Iterable[str] = (),
+        etag: str = "",
+    ) -> Template:
+        """Change a custom template; tasks made from it stay as they are. As `update_task`.
+
+        Raises:
+            InvalidArgument: Fields are wrong, all of them in `violations`.
+            FailedPrecondition: It is a preset.
+            AlreadyExists: The display name is taken.
+            Aborted: It has changed since `etag` was seen.
+        """
+        return self._run(_prepare.update_template(name, parameters, display_name, reset, etag))
+
+    def delete_template(self, name: str, *, etag: str = "", allow_missing: bool = False) -> None:
+        """Delete a custom template; tasks made from it stay as they are.
+
+        Raises:
+            FailedPrecondition: It is a preset.
+            Aborted: It has changed since `etag` was seen.
+        """
+        self._run(_prepare.delete_template(name, etag, allow_missing))
+
+    def inspect_dataset(
+        self,
+        path: str,
+        training_type: str | TrainingType.ValueType = "sft",
+        *,
+        tokenizer_path: str = "",
+        max_seq_length: int = 0,
+        bad_line_policy: str | BadLinePolicy.ValueType = "fail",
+        max_rendered_samples: int | None = None,
+        max_samples: int = 0,
+    ) -> Iterator[InspectionProgress | DatasetReport]:
+        """Read a whole data file as a run would: progress now and then, and the report last.
+
+        Closing the iterator ends the reading.
+
+        Args:
+            path: Absolute path on the daemon's machine.
+            training_type: What it is to be used for, `sft` or `pretrain`.
+            tokenizer_path: Folder of a model or tokenizer, to count tokens and show what is
+                learned. Empty: neither is told.
+            max_seq_length: Length in tokens at which samples are cut. 0: 512.
+            bad_line_policy: `fail` or `skip`: what a bad line makes of the file.
+            max_rendered_samples: Samples shown in full, 0 to 20. None: 3.
+            max_samples: Samples to read at most. 0: all.
+
+        Raises:
+            InvalidArgument: Fields are wrong, all of them in `violations`.
+            FailedPrecondition: The training environment can't run; see `check_environment`.
+            ResourceExhausted: Too many inspections at once.
+        """
+        request = _prepare.inspect_request(
+            path,
+            training_type,
+            tokenizer_path,
+            max_seq_length,
+            bad_line_policy,
+            max_rendered_samples,
+            max_samples,
+        )
+        attempts = Attempts(self._session, repeatable=True)
+        while True:
+            was_answered = False
+            endpoint = self._connect()
+            call = self._stubs[_calls.DATASET_SERVICE].InspectDataset(
+                request, metadata=self._session.metadata(endpoint)
+            )
+            try:
+                for response in call:
+                    was_answered = self._session.was_reached = True
+                    item = _prepare.inspect_item(response)
+                    if item is not None:
+                        yield item
+                return
+            except grpc.RpcError as error:
+                if was_answered:
+                    raise from_rpc_error(error) from error
+                delay = attempts.after(endpoint, from_rpc_error(error))
+            finally:
+                call.cancel()
+            self._pause(delay)
+
     def system_info(self) -> GetSystemInfoResponse:
         """What the daemon is and where it keeps things."""
         return self._run(_calls.system_info())
@@ -297,75 +562,18 @@ class Client:
         """The devices that a task can run on, GPUs first."""
         return self._run(_calls.list_devices())
 
+    def check_environment(self, *, refresh: bool = False) -> CheckEnvironmentResponse:
+        """Whether this machine is ready to train, item by item, with a remedy for what is not.
+
+        Args:
+            refresh: Ask the training environment again, whatever is remembered; takes seconds.
+        """
+        return self._run(_prepare.check_environment(refresh))
+
+    def quota(self) -> GetQuotaResponse:
+        """The training quota and what is used of it; no `limit` where there is none."""
+        return self._run(_prepare.quota())
+
     def shutdown(self) -> None:
         """End the daemon. Its runs go on; the next daemon adopts them."""
         self._run(_calls.shutdown())
-
-    def _run(self, steps: Steps[T]) -> T:
-        try:
-            call = next(steps)
-            while True:
-                try:
-                    answer = self._send(call)
-                except FinetunedError as error:
-                    call = steps.throw(error)
-                else:
-                    call = steps.send(answer)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-
-    def _send(self, call: Call) -> Any:
-        attempts = Attempts(self._session, call.repeatable)
-        while True:
-            endpoint = self._connect()
-            method = getattr(self._stubs[call.service], call.rpc)
-            try:
-                answer = method(
-                    call.request,
-                    timeout=call.timeout or self._session.timeout,
-                    metadata=endpoint.metadata,
-                )
-            except grpc.RpcError as error:
-                delay = attempts.after(endpoint, from_rpc_error(error))
-            else:
-                self._session.was_reached = True
-                return answer
-            self._pause(delay)
-
-    def _pause(self, seconds: float) -> None:
-        """Sleep, and let the channel connect meanwhile.
-
-        Between calls nothing drives a channel of blocking grpc: each attempt to connect ran out of
-        time half-way, the next call failed by it, and 5 s passed until a restarted daemon was seen.
-        So a call that waits for the connection passes the time. grpc's `channel_ready_future` would
-        as well, but its thread raises where the channel is closed meanwhile.
-        """
-        time.sleep(min(seconds, _SHORTEST_PAUSE))
-        endpoint = self._connect()
-        with contextlib.suppress(grpc.RpcError):
-            self._stubs[_calls.SYSTEM_SERVICE].GetSystemInfo(
-                GetSystemInfoRequest(),
-                timeout=seconds,
-                wait_for_ready=True,
-                metadata=endpoint.metadata,
-            )
-
-    def _connect(self) -> Endpoint:
-        """The endpoint, with a channel to it; a new one where the daemon has moved."""
-        with self._lock:
-            self._session.check_open()
-            if self._start:
-                start_daemon(self._address, token=self._token)
-                self._start = False
-            endpoint = self._session.locate()
-            if endpoint != self._session.endpoint:
-                # The old channel leads nowhere, but other threads may still read from it.
-                channel = grpc.insecure_channel(endpoint.target, endpoint.options)
-                self._channels.append(channel)
-                self._stubs = {
-                    _calls.TASK_SERVICE: TaskServiceStub(channel),
-                    _calls.SYSTEM_SERVICE: SystemServiceStub(channel),
-                }
-                self._session.endpoint = endpoint
-            return endpoint

@@ -220,6 +220,12 @@ def _unknown(path: str, value: Any, known: Mapping[str, FieldDescriptor]) -> Fie
     return FieldViolation(path, what + hint, UNKNOWN_FIELD)
 
 
+def closest(path: str) -> list[str]:
+    """The parameter that was probably meant, by its path or name; none where nothing is like it."""
+    known = fields()
+    return [p for p in known if p.endswith(f".{path}")] or _like(path, known)
+
+
 def _like(path: str, known: Mapping[str, FieldDescriptor]) -> list[str]:
     """Parameters whose name resembles it, has its initials, or contains it; own section first."""
     section, _, name = path.rpartition(".")

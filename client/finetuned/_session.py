@@ -6,6 +6,7 @@ import time
 
 from finetuned._connect import Endpoint, find
 from finetuned._errors import DaemonUnavailable, FinetunedError
+from finetuned._language import METADATA_KEY, language_of
 
 RETRY_SECONDS = 10.0
 """How long a call that can be repeated is repeated while the daemon is away."""
@@ -29,10 +30,13 @@ class Backoff:
 class Session:
     """Address and history of one client's connection; knows no channel."""
 
-    def __init__(self, address: str | None, token: str | None, timeout: float) -> None:
+    def __init__(
+        self, address: str | None, token: str | None, timeout: float, language: str | None
+    ) -> None:
         self._address = address
         self._token = token
         self.timeout = timeout
+        self.language = language_of(language)
         self.was_reached = False
         self.is_closed = False
         self.endpoint: Endpoint | None = None
@@ -45,6 +49,10 @@ class Session:
     def locate(self) -> Endpoint:
         """Where the daemon is now; a new one may have another port and token."""
         return find(self._address, self._token)
+
+    def metadata(self, endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
+        """Metadata of every call to that endpoint."""
+        return (*endpoint.metadata, (METADATA_KEY, self.language))
 
     def check(self, endpoint: Endpoint, error: FinetunedError) -> None:
         """Raise the error where waiting cannot help: nobody was ever there, and nobody is now."""

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
-from collections.abc import AsyncIterator, Callable
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from daemon_process import Daemon
 from finetuned import AsyncClient, Client
+from terminal import CTL, Terminal
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 class InThreads:
@@ -59,3 +67,54 @@ async def make(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., An
 def client(make: Callable[..., Any], daemon: Daemon) -> Any:
     """A client of the daemon, with `AsyncClient`'s face."""
     return make(daemon.address)
+
+
+@pytest.fixture
+def environment(daemon: Daemon, tmp_path: Path) -> dict[str, str]:
+    """An environment in which the daemon is the user's own."""
+    result = {
+        **os.environ,
+        "FINETUNED_STATE_DIR": str(daemon.paths.state_dir),
+        "FINETUNED_RUNTIME_DIR": str(daemon.paths.runtime_dir),
+        "COLUMNS": "100",
+        "LC_ALL": "C.UTF-8",
+    }
+    result.pop("FINETUNED_ADDRESS", None)
+    return result
+
+
+@pytest.fixture
+def ctl(environment: dict[str, str], tmp_path: Path) -> Run:
+    """Runs a command to its end, in a folder of its own."""
+
+    def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        options.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.run(
+            [CTL, *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            timeout=60,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def on_terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Begins a command on a terminal; what is left of it is ended."""
+    begun: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        begun.append(Terminal(environment, tmp_path, list(arguments)))
+        return begun[-1]
+
+    yield start
+    for terminal in begun:
+        # Reaped: not ours any more, and its number may be somebody else's.
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(terminal.pid, os.WNOHANG) == (0, 0):
+                os.kill(terminal.pid, signal.SIGKILL)
+                os.waitpid(terminal.pid, 0)

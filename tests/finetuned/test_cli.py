@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pty
 import re
-import select
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,44 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from daemon_process import Daemon
+from terminal import CTL, Terminal
 
 if TYPE_CHECKING:
     from conftest import Scene
 
-CTL = str(Path(sys.executable).parent / "finetunectl")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def environment(daemon: Daemon, tmp_path: Path) -> dict[str, str]:
-    """An environment in which the daemon is the user's own."""
-    result = {
-        **os.environ,
-        "FINETUNED_STATE_DIR": str(daemon.paths.state_dir),
-        "FINETUNED_RUNTIME_DIR": str(daemon.paths.runtime_dir),
-        "COLUMNS": "100",
-    }
-    result.pop("FINETUNED_ADDRESS", None)
-    return result
-
-
-@pytest.fixture
-def ctl(environment: dict[str, str], tmp_path: Path) -> Run:
-    """Runs a command to its end, in a folder of its own."""
-
-    def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        options.setdefault("stdin", subprocess.DEVNULL)
-        return subprocess.run(
-            [CTL, *arguments],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-            timeout=60,
-            **options,
-        )
-
-    return run
 
 
 @pytest.fixture
@@ -88,7 +52,9 @@ def begin(
 def options(scene: Scene, **scenario: Any) -> list[str]:
     """Options of a task that the fake runner plays."""
     scene.play(**scenario)
-    return ["--model", str(scene.model), "--data", str(scene.data), "--device", "cpu"]
+    files = ["--model", str(scene.model), "--data", str(scene.data)]
+    # What the CPU can't do would be a notice before every run.
+    return [*files, "--device", "cpu", "--set", "optimization.fp16=false"]
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> list[str]:
@@ -319,81 +285,6 @@ def test_bad_usage_is_status_2(ctl: Run, arguments: list[str]) -> None:
     answer = ctl(*arguments)
     assert answer.returncode == 2
     assert answer.stdout == ""
-
-
-class Terminal:
-    """A command on a terminal of its own."""
-
-    def __init__(self, environment: dict[str, str], folder: Path, arguments: list[str]) -> None:
-        self.pid, self._terminal = pty.fork()
-        if not self.pid:
-            os.chdir(folder)
-            os.execve(CTL, [CTL, *arguments], {**environment, "TERM": "xterm-256color"})
-        self.written = ""
-
-    def read_until(self, text: str) -> None:
-        """Reads on until the text has been written."""
-        while text not in self.plain:
-            assert self._read(), self.written
-
-    def type(self, keys: bytes) -> None:
-        """Types keys."""
-        os.write(self._terminal, keys)
-
-    def hang_up(self) -> None:
-        """Closes the terminal's window."""
-        os.close(self._terminal)
-
-    def end(self, again: bytes = b"") -> int:
-        """Reads to the end, typing these keys as long as nothing comes; the exit status."""
-        while True:
-            if again and not select.select([self._terminal], [], [], 1)[0]:
-                self.type(again)
-            elif not self._read():
-                break
-        os.close(self._terminal)
-        return self.status()
-
-    def status(self) -> int:
-        """Waits for the exit status."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    @property
-    def plain(self) -> str:
-        """What was written, without colours and moves."""
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.written)
-
-    @property
-    def has_cursor(self) -> bool:
-        """Whether the cursor was hidden and is shown again."""
-        _, hidden, after = self.written.rpartition("\x1b[?25l")
-        return bool(hidden) and "\x1b[?25h" in after
-
-    def _read(self) -> bool:
-        try:
-            read = os.read(self._terminal, 65536)
-        except OSError:  # the child has gone
-            return False
-        self.written += read.decode(errors="replace")
-        return bool(read)
-
-
-@pytest.fixture
-def on_terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
-    """Begins a command on a terminal; what is left of it is ended."""
-    begun: list[Terminal] = []
-
-    def start(*arguments: str) -> Terminal:
-        begun.append(Terminal(environment, tmp_path, list(arguments)))
-        return begun[-1]
-
-    yield start
-    for terminal in begun:
-        # Reaped: not ours any more, and its number may be somebody else's.
-        with contextlib.suppress(ChildProcessError):
-            if os.waitpid(terminal.pid, os.WNOHANG) == (0, 0):
-                os.kill(terminal.pid, signal.SIGKILL)
-                os.waitpid(terminal.pid, 0)
 
 
 def test_on_a_terminal_a_bar_moves_and_leaves_the_end_behind(

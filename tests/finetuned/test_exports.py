@@ -76,12 +76,18 @@ def test_the_clients_need_no_extra(package: str) -> None:
     [
         ["--help"],
         ["--version"],
-        ["train", "--help"],
-        *([noun, "--help"] for noun in ("task", "daemon", "device")),
+        *([verb, "--help"] for verb in ("train", "check", "estimate", "params", "doctor")),
+        *([noun, "--help"] for noun in ("task", "template", "dataset", "daemon", "device")),
         *(
             ["task", verb, "--help"]
-            for verb in ("create", "list", "show", "start", "stop", "delete", "watch", "logs")
+            for verb in ("create", "list", "show", "edit", "start", "stop", "delete")
         ),
+        *(["task", verb, "--help"] for verb in ("watch", "logs")),
+        *(
+            ["template", verb, "--help"]
+            for verb in ("list", "show", "save", "delete", "export", "import")
+        ),
+        ["dataset", "inspect", "--help"],
         *(["daemon", verb, "--help"] for verb in ("start", "stop", "status")),
         ["device", "list", "--help"],
     ],

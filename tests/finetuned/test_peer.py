@@ -31,6 +31,11 @@ from finetuned import (
     _silence,
 )
 from finetuned.v1 import task_pb2
+from finetuned.v1.dataset_service_pb2 import InspectDatasetResponse, InspectionProgress
+from finetuned.v1.dataset_service_pb2_grpc import (
+    DatasetServiceServicer,
+    add_DatasetServiceServicer_to_server,
+)
 from finetuned.v1.task_service_pb2 import (
     CreateTaskResponse,
     GetTaskResponse,
@@ -42,17 +47,19 @@ from finetuned.v1.task_service_pb2_grpc import (
 )
 
 
-class Peer(TaskServiceServicer):
+class Peer(TaskServiceServicer, DatasetServiceServicer):
     """Answers as each test scripts it, and remembers what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.failures = 0
+        self.metadata: list[dict[str, str | bytes]] = []
         self.streams: list[list[WatchTaskResponse | str]] = []
         self.over = threading.Event()
 
     def _fail_first(self, request: Any, context: grpc.ServicerContext) -> None:
         self.asked.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         if len(self.asked) <= self.failures:
             context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
 
@@ -75,6 +82,16 @@ class Peer(TaskServiceServicer):
         status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message="c", details=[packed])
         context.abort_with_status(rpc_status.to_status(status))
 
+    def InspectDataset(
+        self, request: Any, context: grpc.ServicerContext
+    ) -> Iterator[InspectDatasetResponse]:
+        context.add_callback(self.over.set)
+        self._fail_first(request, context)
+        yield InspectDatasetResponse(progress=InspectionProgress(samples=1))
+        if request.path == "/breaks":
+            context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        self.over.wait()
+
     def WatchTask(self, request: Any, context: grpc.ServicerContext) -> Iterator[WatchTaskResponse]:
         self.asked.append(request)
         context.add_callback(self.over.set)  # before anything is sent, so that no end is missed
@@ -92,6 +109,7 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
     peer = Peer()
     server = grpc.server(ThreadPoolExecutor(4))
     add_TaskServiceServicer_to_server(peer, server)
+    add_DatasetServiceServicer_to_server(peer, server)
     server.add_insecure_port(f"unix:{tmp_path}/s")
     server.start()
     yield peer
@@ -122,6 +140,38 @@ def end(seq: int) -> WatchTaskResponse:
 
 async def watched(client: Any) -> list[Any]:
     return [item async for item in client.watch("tasks/a", until_end=True)]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+async def test_the_language_goes_with_every_call(
+    make: Callable[..., Any], peer: Peer, tmp_path: Path, language: str
+) -> None:
+    client = make(f"unix:{tmp_path}/s", language=language)
+    await client.create_task("sft", display_name="x")
+    items = client.inspect_dataset("/data")
+    await anext(items)
+    await items.aclose()
+    assert [metadata["accept-language"] for metadata in peer.metadata] == [language] * 2
+
+
+async def test_an_inspection_that_is_closed_ends_the_call(client: Any, peer: Peer) -> None:
+    items = client.inspect_dataset("/data", "pretrain", bad_line_policy="skip")
+    assert (await anext(items)).samples == 1
+    await items.aclose()
+    assert await asyncio.to_thread(peer.over.wait, 10)
+    (request,) = peer.asked
+    assert (request.path, request.bad_line_policy) == ("/data", 2)
+    assert not request.HasField("max_rendered_samples")
+
+
+async def test_an_inspection_is_repeated_until_it_has_begun_and_not_after(
+    client: Any, peer: Peer
+) -> None:
+    peer.failures = 2
+    with pytest.raises(DaemonUnavailable, match="gone"):
+        async for item in client.inspect_dataset("/breaks"):
+            assert item.samples == 1
+    assert len(peer.asked) == 3
 
 
 async def test_a_create_is_repeated_with_the_same_request_id(client: Any, peer: Peer) -> None:

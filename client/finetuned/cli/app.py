@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from finetuned._version import __version__
-from finetuned.cli import daemon, device, task, train
+from finetuned.cli import check, daemon, dataset, device, doctor, form, task, template, train
 from finetuned.cli.settings import Group, settings
 
 app = typer.Typer(
@@ -21,7 +21,13 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 1 failed, 2 bad input, 3 no daemon, 4 stopped, 130 Ctrl-C.",
 )
 app.command("train")(train.train)
+app.command("check")(check.check)
+app.command("estimate")(check.estimate)
+app.command("params")(form.params)
+app.command("doctor")(doctor.doctor)
 app.add_typer(task.app, name="task")
+app.add_typer(template.app, name="template")
+app.add_typer(dataset.app, name="dataset")
 app.add_typer(daemon.app, name="daemon")
 app.add_typer(device.app, name="device")
 

@@ -10,7 +10,7 @@ import typer
 from finetuned.cli.settings import Exit, JsonOption, say, settings
 
 if TYPE_CHECKING:
-    from finetuned.v1.system_service_pb2 import GetSystemInfoResponse
+    from finetuned._client import Client
 
 app = typer.Typer(no_args_is_help=True, help="The daemon itself.")
 
@@ -29,7 +29,7 @@ def start(ctx: typer.Context, as_json: JsonOption = False) -> None:
     if not was_started:
         say("the daemon runs already")
     with settings(ctx).client() as client:
-        _show(client.system_info(), as_json)
+        _show(client, as_json)
 
 
 @app.command()
@@ -60,17 +60,22 @@ def stop(ctx: typer.Context, as_json: JsonOption = False) -> None:
 
 @app.command()
 def status(ctx: typer.Context, as_json: JsonOption = False) -> None:
-    """Show what the daemon is; exit status 3 if none answers."""
+    """Show what the daemon is, and the quota if there is one; exit status 3 if none answers."""
     with settings(ctx).client() as client:
-        _show(client.system_info(), as_json)
+        _show(client, as_json)
 
 
-def _show(info: GetSystemInfoResponse, as_json: bool) -> None:
-    from finetuned.cli.output import print_json, print_pairs, time_text
+def _show(client: Client, as_json: bool) -> None:
+    from finetuned.cli.output import print_json_value, print_pairs, time_text, to_dict
 
+    info, quota = client.system_info(), client.quota()
+    has_quota = quota.HasField("limit")
     if as_json:
-        print_json(info)
+        print_json_value({**to_dict(info), **({"quota": to_dict(quota)} if has_quota else {})})
         return
+    spent = f"{quota.used:,} of {quota.limit:,} checkpoints used"
+    if quota.reserved:
+        spent += f", {quota.reserved:,} more planned by runs under way"
     print_pairs(
         [
             ("version", info.version),
@@ -79,6 +84,7 @@ def _show(info: GetSystemInfoResponse, as_json: bool) -> None:
             ("since", time_text(info.start_time)),
             ("state folder", info.state_dir),
             ("tasks", f"{info.running_tasks} running, {info.queued_tasks} queued"),
+            ("quota", spent if has_quota else ""),
             ("runner python", info.runner_python),
         ]
     )

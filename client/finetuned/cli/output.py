@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from finetuned._violations import plain_value
 from finetuned.cli.settings import json_text
 from finetuned.v1.task_pb2 import EndReason, RunPhase, Task, TaskState, TrainingType
 
@@ -88,6 +91,15 @@ def bytes_text(size: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def value_text(value: bool | float | str | list[str]) -> str:
+    """A parameter's value as `--set` takes it, such as `true` or `a,b`."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def progress_text(task: Task) -> str:
     """Such as `45/120 (38%)`; empty before the first step."""
     progress = task.progress
@@ -104,16 +116,23 @@ def print_json(value: Message | Sequence[Message]) -> None:
     print(json_text(content, sys.stdout.encoding, indent=2))
 
 
+def print_json_value(value: Any) -> None:
+    """One JSON value that is no message."""
+    print(json_text(value, sys.stdout.encoding, indent=2))
+
+
 def print_json_line(value: dict[str, Any]) -> None:
     """One line of a JSON stream, at once."""
     print(json_text(value, sys.stdout.encoding), flush=True)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> None:
-    """A table with a line of headings."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], wrapped: Sequence[str] = ()
+) -> None:
+    """A table with a line of headings; where it is too wide, the `wrapped` columns give way."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column.upper(), no_wrap=True)
+        table.add_column(column.upper(), no_wrap=column not in wrapped)
     for row in rows:
         table.add_row(*row)
     console().print(table)
@@ -153,6 +172,10 @@ def to_dict(message: Message) -> dict[str, Any]:
 def _scalar(field: Any, value: Any) -> Any:
     if isinstance(value, Timestamp):
         return value.ToJsonString()
+    if isinstance(value, Duration):
+        return value.ToTimedelta().total_seconds()
+    if isinstance(value, Value):
+        return plain_value(value)
     if isinstance(value, Message):
         return to_dict(value)
     if field.enum_type is not None:

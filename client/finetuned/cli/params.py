@@ -52,6 +52,7 @@ _KEYS = {
     "display_name": "display_name",
     "name": "display_name",
     "device": "device",
+    "template": "template",
 }
 
 
@@ -62,6 +63,7 @@ class Wish:
     training_type: str | None = None
     display_name: str | None = None
     device: str | None = None
+    template: str | None = None
     sections: dict[str, Any] = field(default_factory=dict[str, Any])
     violations: list[FieldViolation] = field(default_factory=list[FieldViolation])
 
@@ -99,6 +101,7 @@ class Draft:
     parameters: Parameters
     display_name: str
     device: str
+    template: str
     violations: list[FieldViolation]
     """What is wrong here already; `parameters` holds the rest."""
 
@@ -203,7 +206,11 @@ def draft(wish: Wish, *, output_default: bool = True) -> Draft:
                 setattr(section, name, whole)
             else:
                 violations.append(not_utf8(path))  # the current folder has such a name
-    texts = {"display_name": wish.display_name or "", "device": wish.device or ""}
+    texts = {
+        "display_name": wish.display_name or "",
+        "device": wish.device or "",
+        "template": wish.template or "",
+    }
     for field_name, text in texts.items():
         if not is_utf8(text):
             violations.append(not_utf8(field_name))
@@ -217,7 +224,23 @@ def draft(wish: Wish, *, output_default: bool = True) -> Draft:
             parameters.data.output_dir = whole
         else:
             violations.append(not_utf8("data.output_dir"))
-    return Draft(training_type, parameters, texts["display_name"], texts["device"], violations)
+    return Draft(
+        training_type,
+        parameters,
+        texts["display_name"],
+        texts["device"],
+        texts["template"],
+        violations,
+    )
+
+
+def refused(violations: list[FieldViolation]) -> InvalidArgument:
+    """The error that names all of these."""
+    return InvalidArgument(
+        "; ".join(f"{v.field}: {v.description}" for v in violations),
+        reason="INVALID_FIELDS",
+        violations=violations,
+    )
 
 
 def _without_nulls(sections: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,6 +155,26 @@ def task_command(verb: str, task: Task | str, *options: str) -> str:
     return shlex.join(["finetunectl", "task", verb, *words])
 
 
+def template_command(verb: str, name: str, *options: str) -> str:
+    """A command on a template, to be copied into a shell."""
+    words = [*options, "--", name] if name.startswith("-") else [name, *options]
+    return shlex.join(["finetunectl", "template", verb, *words])
+
+
+def confirm(question: str, command: str) -> bool:
+    """Ask on the terminal; where there is none, say which command needs no question, and end.
+
+    Args:
+        question: Answered by yes or no; no is the default.
+        command: The command with its yes.
+    """
+    if not sys.stdin.isatty():
+        say("error: this needs a yes, and there is no terminal to ask on")
+        say(f"say it: {command}")
+        raise typer.Exit(Exit.USAGE)
+    return typer.confirm(question, err=True)
+
+
 def json_text(value: Any, encoding: str | None, indent: int | None = None) -> str:
     """JSON that is JSON in that encoding too."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
@@ -205,11 +225,16 @@ def _hint(error: FinetunedError) -> str:
     if isinstance(error, DaemonUnavailable) and not error.reason:
         return "start it: finetunectl daemon start"
     if isinstance(error, NotFound):
-        return "tasks there are: finetunectl task list"
+        noun = "template" if "TEMPLATE" in error.reason else "task"
+        return f"{noun}s there are: finetunectl {noun} list"
     if isinstance(error, Unauthenticated):
         return "set FINETUNED_TOKEN to the daemon's token"
     if isinstance(error, FailedPrecondition) and error.violations:
         name = error.violations[0].subject
+        if error.reason == "ENVIRONMENT_NOT_READY":
+            return "what is missing: finetunectl doctor"
+        if name.startswith("templates/"):
+            return ""
         if error.reason == "TASK_ACTIVE":
             return f"stop it: {task_command('stop', name, '--wait')}"
         return f"how it stands: {task_command('show', name)}"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetuned.cli.settings import Exit, JsonOption, TaskArgument, say, settings, task_command
+from finetuned.cli.edit import edit
+from finetuned.cli.settings import (
+    Exit,
+    JsonOption,
+    TaskArgument,
+    confirm,
+    say,
+    settings,
+    task_command,
+)
 from finetuned.cli.train import (
     DataOption,
     DeviceOption,
@@ -17,6 +25,7 @@ from finetuned.cli.train import (
     NameOption,
     OutputOption,
     SetOption,
+    TemplateOption,
     TypeOption,
     create,
     show_created,
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
     from finetuned.v1.task_pb2 import Run, Task
 
 app = typer.Typer(no_args_is_help=True, help="Tasks: what to train and how, and where it stands.")
+app.command("edit")(edit)
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -43,13 +53,24 @@ def create_task(
     device: DeviceOption = None,
     file: FileOption = None,
     like: LikeOption = None,
+    template: TemplateOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create a task without starting it. Options as for `finetunectl train`."""
     with settings(ctx).client() as client:
         wish = wish_of(
-            client, training_type, model, data, output, name, device, file, like, assignments
+            client,
+            training_type=training_type,
+            model=model,
+            data=data,
+            output=output,
+            name=name,
+            device=device,
+            file=file,
+            like=like,
+            template=template,
+            assignments=assignments,
         )
         show_created(create(client, settings(ctx), wish, start=False), as_json)
 
@@ -176,23 +197,42 @@ def stop(
 def delete(
     ctx: typer.Context,
     name: TaskArgument,
+    outputs: Annotated[
+        bool,
+        typer.Option("--outputs", help="Delete what its runs wrote into the output folder too."),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete a task, its runs and its log. Files in the output folder stay."""
+    """Delete a task, its runs and its log. Files in the output folder stay unless --outputs.
+
+    Where it asks, it asks for these files separately.
+    """
+    from finetuned.cli.output import bytes_text, print_json
+
     with settings(ctx).client() as client:
         task = client.get_task(name)
-        if not yes and not sys.stdin.isatty():
-            say("error: deleting needs a yes, and there is no terminal to ask on")
-            say(f"say it: {task_command('delete', name, '--yes')}")
-            raise typer.Exit(Exit.USAGE)
-        if not yes and not typer.confirm(f"Delete task {task.display_name}?", err=True):
-            raise typer.Exit(Exit.FAILED)
-        client.delete_task(task.name, etag=task.etag)
+        if not yes:
+            command = task_command("delete", name, "--yes", *(["--outputs"] if outputs else []))
+            if not confirm(f"Delete task {task.display_name}?", command):
+                raise typer.Exit(Exit.FAILED)
+            folders = {run.output_dir for run in client.list_runs(task.name) if run.output_dir}
+            if folders and not outputs:
+                say("its runs have written into:")
+                for folder in sorted(folders):
+                    say(f"  {folder}")
+                outputs = confirm("Delete what they wrote there too?", command)
+        answer = client.delete_task(task.name, etag=task.etag, delete_outputs=outputs)
     if as_json:
-        print("{}")
-    else:
-        print(f"{task.display_name} deleted")
+        print_json(answer)
+        return
+    print(f"{task.display_name} deleted")
+    if answer.deleted_files:
+        print(f"{answer.deleted_files} output files deleted, {bytes_text(answer.deleted_bytes)}")
+    if answer.left_output_dirs:
+        say("still there:")
+        for folder in answer.left_output_dirs:
+            say(f"  {folder}")
 
 
 @app.command()
@@ -263,6 +303,7 @@ def _show_task(task: Task, runs: list[Run]) -> None:
         state_text,
         time_text,
         type_word,
+        value_text,
     )
 
     print_pairs(
@@ -277,6 +318,7 @@ def _show_task(task: Task, runs: list[Run]) -> None:
             ("why", task.end_message),
             ("steps", progress_text(task)),
             ("loss", f"{task.progress.loss:.4f}" if task.progress.HasField("loss") else ""),
+            ("template", task.template.removeprefix("templates/")),
             ("device", task.device or "(the first GPU, or the CPU)"),
             ("checkpoint", task.last_checkpoint),
             ("created", time_text(task.create_time)),
@@ -286,8 +328,7 @@ def _show_task(task: Task, runs: list[Run]) -> None:
     )
     print("\nparameters")
     print_pairs(
-        (f"  {path}", ", ".join(value) if isinstance(value, list) else _value(value))
-        for path, value in flatten(task.parameters).items()
+        (f"  {path}", value_text(value)) for path, value in flatten(task.parameters).items()
     )
     if len(runs) > 1:
         print("\nruns")
@@ -306,7 +347,3 @@ def _show_task(task: Task, runs: list[Run]) -> None:
                 for run in runs
             ),
         )
-
-
-def _value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -45,6 +45,10 @@ FileOption = Annotated[
     Path | None,
     typer.Option("-f", "--file", metavar="FILE", help="Parameters in YAML or JSON, by section."),
 ]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option("--template", metavar="TEMPLATE", help="Template for what is not given here."),
+]
 LikeOption = Annotated[
     str | None,
     typer.Option("--like", metavar="TASK", help="Take type and parameters of another task."),
@@ -69,6 +73,7 @@ def train(
     device: DeviceOption = None,
     file: FileOption = None,
     like: LikeOption = None,
+    template: TemplateOption = None,
     assignments: SetOption = None,
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="Start it and return; do not watch.")
@@ -78,11 +83,21 @@ def train(
     """Create a task, start it, and watch it to its end.
 
     Starts the daemon if none runs. Ctrl-C ends the watching, not the run. Options win over --file,
-    and --set wins over both.
+    --file over --template, and --set over all.
     """
     with settings(ctx).client() as client:
         wish = wish_of(
-            client, training_type, model, data, output, name, device, file, like, assignments
+            client,
+            training_type=training_type,
+            model=model,
+            data=data,
+            output=output,
+            name=name,
+            device=device,
+            file=file,
+            like=like,
+            template=template,
+            assignments=assignments,
         )
         task = create(client, settings(ctx), wish, start=True)
         if detach:
@@ -95,15 +110,17 @@ def train(
 
 def wish_of(
     client: Client,
-    training_type: str | None,
-    model: str | None,
-    data: str | None,
-    output: str | None,
-    name: str | None,
-    device: str | None,
-    file: Path | None,
-    like: str | None,
-    assignments: list[str] | None,
+    *,
+    training_type: str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    output: str | None = None,
+    name: str | None = None,
+    device: str | None = None,
+    file: Path | None = None,
+    like: str | None = None,
+    template: str | None = None,
+    assignments: list[str] | None = None,
 ) -> Wish:
     """What the options ask for."""
     from finetuned._errors import InvalidArgument
@@ -118,6 +135,7 @@ def wish_of(
     wish.training_type = training_type or wish.training_type
     wish.display_name = name or wish.display_name
     wish.device = device or wish.device
+    wish.template = template or wish.template
     wish.put("data.model_path", model)
     wish.put("data.train_file", data)
     wish.put("data.output_dir", output)
@@ -135,16 +153,37 @@ def create(client: Client, options: Settings, wish: Wish, *, start: bool) -> Tas
     from finetuned.cli.params import draft
 
     plan = draft(wish)
+    if not plan.violations:
+        start_daemon(options.address, on_start=lambda log: say(f"starting the daemon (log: {log})"))
+        plan = draft_with_template(client, wish)
     if plan.violations:
         raise _everything_wrong(client, plan, start=start)
-    start_daemon(options.address, on_start=lambda log: say(f"starting the daemon (log: {log})"))
+    if start and not options.json:
+        _show_doubts(client, plan)
     return client.create_task(
         plan.training_type,
         plan.parameters,
         display_name=plan.display_name,
         device=plan.device,
+        template=plan.template,
         start=start,
     )
+
+
+def draft_with_template(client: Client, wish: Wish, *, output_default: bool = True) -> Draft:
+    """The task that a wish stands for, its type and output folder the template's if it has one.
+
+    Raises:
+        NotFound: No such template.
+    """
+    from finetuned.cli.output import type_word
+    from finetuned.cli.params import draft
+
+    if wish.template:
+        template = client.get_template(wish.template)
+        wish.training_type = wish.training_type or type_word(template.training_type)
+        output_default = output_default and not template.parameters.data.output_dir
+    return draft(wish, output_default=output_default)
 
 
 def show_created(task: Task, as_json: bool) -> None:
@@ -173,8 +212,20 @@ def _fill_from(task: Task, wish: Wish) -> None:
             wish.put(path, value)
 
 
+def _show_doubts(client: Client, plan: Draft) -> None:
+    """Show what speaks against a start without forbidding it; errors come with the start."""
+    from finetuned.cli.violations import print_violations
+
+    doubts = client.validate(
+        plan.training_type, plan.parameters, device=plan.device, template=plan.template
+    )
+    if all(doubt.severity != "error" for doubt in doubts):
+        print_violations(doubts, to_stderr=True)
+
+
 def _everything_wrong(client: Client, plan: Draft, *, start: bool) -> Exception:
     from finetuned._errors import FinetunedError, InvalidArgument
+    from finetuned.cli.params import refused
 
     violations = list(plan.violations)
     known = {violation.field for violation in violations}
@@ -185,6 +236,7 @@ def _everything_wrong(client: Client, plan: Draft, *, start: bool) -> Exception:
             plan.parameters,
             display_name=plan.display_name,
             device=plan.device,
+            template=plan.template,
             start=start,
             validate_only=True,
         )
@@ -196,8 +248,4 @@ def _everything_wrong(client: Client, plan: Draft, *, start: bool) -> Exception:
         ]
     except FinetunedError:
         pass  # no daemon, or another trouble: what is known is bad enough
-    return InvalidArgument(
-        "; ".join(f"{v.field}: {v.description}" for v in violations),
-        reason="INVALID_FIELDS",
-        violations=violations,
-    )
+    return refused(violations)

@@ -453,7 +453,9 @@ class ParameterField(_message.Message):
 
     @_builtins.property
     def enabled_when(self) -> _containers.RepeatedCompositeFieldContainer[Global___Condition]:
-        """Can be changed while all of these hold, without effect otherwise. None: always."""
+        """Can be changed while all of these hold. Otherwise its value has no effect, or is refused with a `suggested_value` that
+        helps. None: always.
+        """
 
     @_builtins.property
     def note(self) -> Global___LocalizedText:
@@ -778,7 +780,7 @@ class EstimateTaskResponse(_message.Message):
     """Checkpoints that the quota has left; absent: no quota."""
     disk_bytes: _builtins.int
     """Bytes that the run will leave in the output folder: kept checkpoints, the final model, the merged model. Measured: within
-    2 % of the real bytes (docs: README, Estimates).
+    1 % of the real bytes (README, Estimates).
     """
     checkpoint_bytes: _builtins.int
     """Bytes of one checkpoint."""
@@ -789,8 +791,9 @@ class EstimateTaskResponse(_message.Message):
     total_parameters: _builtins.int
     """All parameters, adapters included."""
     peak_memory_bytes: _builtins.int
-    """Peak memory of the runner: of the GPU where it runs on one, else resident memory of the process. Measured: within 25 %
-    (docs: README, Estimates).
+    """Peak memory of the runner with its largest possible batch: of the GPU where it runs on one, else resident memory of the
+    process. Measured on the CPU: within 15 % where that batch comes, up to 28 % more than needed where it does not (README,
+    Estimates).
     """
     memory_total_bytes: _builtins.int
     """Memory of the device, in all."""

@@ -22,7 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class Parameters(_message.Message):
     """The parameters of a fine-tuning task, one message a section of the form.
 
-    Every field is optional. In a request, absent means "the default"; in an answer every field that has a value is set.
+    Every field is optional. In a request, absent means what the task or template has, else the default; in an answer every
+    field that has a value is set.
     Bounds are inclusive. The daemon checks every field and names all wrong ones in one answer, by paths such as
     `training.batch_size`.
     """
@@ -96,7 +97,9 @@ class DataParameters(_message.Message):
     DATALOADER_NUM_WORKERS_FIELD_NUMBER: _builtins.int
     DATALOADER_PIN_MEMORY_FIELD_NUMBER: _builtins.int
     train_file: _builtins.str
-    """Training data. SFT: JSONL with `messages`; pretraining: `.txt`, or JSONL with `text`. Required to start."""
+    """Training data. SFT: JSONL with a chat a line (messages, ShareGPT, Alpaca, prompt and completion); pretraining: `.txt`, or
+    JSONL with `text`. Required to start.
+    """
     eval_file: _builtins.str
     """Evaluation data, in the same formats. Empty: none."""
     output_dir: _builtins.str

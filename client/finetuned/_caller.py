@@ -1,0 +1,109 @@
+"""One connection of blocking gRPC: made, made again, and called through."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import Any
+
+import grpc
+
+from finetuned import _calls
+from finetuned._calls import Call, Steps, T
+from finetuned._connect import Endpoint
+from finetuned._errors import FinetunedError
+from finetuned._launch import start_daemon
+from finetuned._session import Attempts, Session
+from finetuned._status import from_rpc_error
+from finetuned._stubs import stubs
+from finetuned.v1.system_service_pb2 import GetSystemInfoRequest
+
+# For a daemon that takes connections and drops them.
+_SHORTEST_PAUSE = 0.05
+
+
+class Caller:
+    """What `Client` calls through. Threads may share one."""
+
+    def __init__(
+        self,
+        address: str | None,
+        token: str | None,
+        start: bool,
+        timeout: float,
+        language: str | None,
+    ) -> None:
+        self._session = Session(address, token, timeout, language)
+        self._start = start
+        self._address = address
+        self._token = token
+        self._lock = threading.Lock()
+        self._channels: list[grpc.Channel] = []
+        self._stubs: dict[str, Any] = {}
+
+    def _run(self, steps: Steps[T]) -> T:
+        try:
+            call = next(steps)
+            while True:
+                try:
+                    answer = self._send(call)
+                except FinetunedError as error:
+                    call = steps.throw(error)
+                else:
+                    call = steps.send(answer)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    def _send(self, call: Call) -> Any:
+        attempts = Attempts(self._session, call.repeatable)
+        while True:
+            endpoint = self._connect()
+            method = getattr(self._stubs[call.service], call.rpc)
+            try:
+                answer = method(
+                    call.request,
+                    timeout=call.timeout or self._session.timeout,
+                    metadata=self._session.metadata(endpoint),
+                )
+            except grpc.RpcError as error:
+                delay = attempts.after(endpoint, from_rpc_error(error))
+            else:
+                self._session.was_reached = True
+                return answer
+            self._pause(delay)
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, and let the channel connect meanwhile.
+
+        Between calls nothing drives a channel of blocking grpc: each attempt to connect ran out of
+        time half-way, the next call failed by it, and 5 s passed until a restarted daemon was seen.
+        So a call that waits for the connection passes the time. grpc's `channel_ready_future` would
+        as well, but its thread raises where the channel is closed meanwhile.
+        """
+        time.sleep(min(seconds, _SHORTEST_PAUSE))
+        endpoint = self._connect()
+        with contextlib.suppress(grpc.RpcError):
+            self._stubs[_calls.SYSTEM_SERVICE].GetSystemInfo(
+                GetSystemInfoRequest(),
+                timeout=seconds,
+                wait_for_ready=True,
+                metadata=self._session.metadata(endpoint),
+            )
+
+    def _connect(self) -> Endpoint:
+        """The endpoint, with a channel to it; a new one where the daemon has moved."""
+        with self._lock:
+            self._session.check_open()
+            if self._start:
+                start_daemon(self._address, token=self._token)
+                self._start = False
+            endpoint = self._session.locate()
+            if endpoint != self._session.endpoint:
+                # The old channel leads nowhere, but other threads may still read from it.
+                channel = grpc.insecure_channel(endpoint.target, endpoint.options)
+                self._channels.append(channel)
+                self._stubs = stubs(channel)
+                self._session.endpoint = endpoint
+            return endpoint
