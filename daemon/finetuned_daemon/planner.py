@@ -13,7 +13,7 @@ from finetuned_daemon.dataset.report import Measured, MeasureRequest
 from finetuned_daemon.dataset.scan import scan
 from finetuned_daemon.dataset.worker import Worker
 from finetuned_daemon.devices import Device
-from finetuned_daemon.errors import DaemonError, InvalidRequest, Severity, Violation
+from finetuned_daemon.errors import DaemonError, InvalidRequest, Severity, TooMany, Violation
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.model_files import (
     ModelFiles,
@@ -125,6 +125,8 @@ class Planner:
                 read_model, base_folder(Path(parameters.data.model_path or ""))
             )
             measured = await self._worker.measure(_request(parameters, training_type, model))
+        except TooMany:
+            raise
         except (DaemonError, ModelUnreadable):
             # The run will say what is wrong. Chats can be counted without a tokenizer; without a
             # plan the run is still held to what is left, checkpoint by checkpoint.

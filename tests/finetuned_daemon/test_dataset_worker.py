@@ -56,6 +56,39 @@ async def test_a_measurement_is_remembered_until_data_or_tokenizer_change(tmp_pa
     await worker.close()
 
 
+async def test_who_asks_for_the_same_measurement_shares_one_process(tmp_path: Path) -> None:
+    """A front-end that asks at every keystroke is never told that too many ask."""
+    worker = make_worker(tmp_path, f'echo "$@" >> {tmp_path}/starts\nexec {sys.executable} "$@"')
+    model = make_model(tmp_path / "model")
+    path = write_jsonl(tmp_path / "chats.jsonl", chats(6))
+    request = MeasureRequest(
+        training_type=SFT, train_file=str(path), tokenizer_path=str(model), max_seq_length=128
+    )
+    askers = [asyncio.ensure_future(worker.measure(request)) for _ in range(5)]
+    await asyncio.to_thread(eventually, (tmp_path / "starts").exists, "the process starts")
+    askers.pop().cancel()  # the others go on waiting
+    answers = await asyncio.gather(*askers)
+    assert {answer.train_samples for answer in answers} == {6}
+    assert starts(tmp_path) == 1
+    await worker.close()
+
+
+async def test_a_measurement_that_nobody_waits_for_any_more_ends(tmp_path: Path) -> None:
+    worker = make_worker(tmp_path, f"echo $$ > {tmp_path}/pid\nexec sleep 1000")
+    request = MeasureRequest(
+        training_type=SFT, train_file="/x", tokenizer_path="/y", max_seq_length=128
+    )
+    askers = [asyncio.ensure_future(worker.measure(request)) for _ in range(2)]
+    file = tmp_path / "pid"
+    await asyncio.to_thread(eventually, lambda: file.exists() and file.read_text(), "it runs")
+    for asker in askers:
+        asker.cancel()
+    await asyncio.wait(askers)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
+    await worker.close()
+
+
 async def test_what_cant_be_measured_is_an_invalid_field(tmp_path: Path) -> None:
     worker = make_worker(tmp_path, f'exec {sys.executable} "$@"')
     path = write_jsonl(tmp_path / "chats.jsonl", chats(6))

@@ -89,7 +89,7 @@ def check(
     from finetuned.cli.violations import as_json as violation_as_json
     from finetuned.cli.violations import print_violations, with_suggestions
 
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         question = _ask(
             client, file, training_type, model, data, output, device, template, task, assignments
         )
@@ -138,7 +138,7 @@ def estimate(
     from finetuned.cli.params import refused
     from finetuned.cli.violations import print_violations
 
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         question = _ask(
             client, file, training_type, model, data, output, device, template, task, assignments
         )

@@ -65,7 +65,7 @@ def inspect(
     from finetuned.cli.output import print_json
 
     folder = tokenizer or model
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         items = client.inspect_dataset(
             str(file.expanduser().absolute()),
             training_type,

@@ -23,7 +23,7 @@ def doctor(
     from finetuned.cli.output import print_json
     from finetuned.v1.system_service_pb2 import CheckStatus
 
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         answer = client.check_environment(refresh=refresh)
     if as_json:
         print_json(answer)

@@ -51,7 +51,7 @@ def params(
     from finetuned.cli.output import print_json
 
     word = language_of(language)
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         schema = client.parameter_schema(training_type)
     section, field = _find(schema, what, training_type)
     if as_json:

@@ -65,10 +65,15 @@ class Settings:
     json: bool = False
     """JSON on stdout, and errors as JSON on stderr."""
 
-    def client(self) -> Client:
-        """A client for one command."""
+    def client(self, *, start: bool = False) -> Client:
+        """A client for one command; `start`: starts the daemon first, if none runs."""
         from finetuned._client import Client
+        from finetuned._launch import start_daemon
 
+        if start:
+            start_daemon(
+                self.address, on_start=lambda log: say(f"starting the daemon (log: {log})")
+            )
         return Client(self.address)
 
 

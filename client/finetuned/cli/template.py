@@ -43,7 +43,7 @@ def list_templates(
     """List templates: presets, then your own by name."""
     from finetuned.cli.output import print_json, print_table, time_text, type_word
 
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         templates = list(client.list_templates(training_type))
     if as_json:
         print_json(templates)
@@ -69,7 +69,7 @@ def show(
     """Show a template as YAML: what differs from the defaults, or --all."""
     from finetuned.cli.output import print_json
 
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         template = client.get_template(name)
         text = "" if as_json else _text(client, template, every)
     if as_json:
@@ -99,7 +99,7 @@ def save(
 
     --set wins over the file, and both over the task.
     """
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         wish = wish_of(client, training_type=training_type, file=file, assignments=assignments)
         wish.display_name = name
         _save(client, wish, task or "", update, as_json)
@@ -113,7 +113,7 @@ def delete(
     as_json: JsonOption = False,
 ) -> None:
     """Delete a template. Tasks made from it stay as they are."""
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         template = client.get_template(name)
         command = template_command("delete", name, "--yes")
         if not yes and not confirm(f"Delete template {template.display_name}?", command):
@@ -132,7 +132,7 @@ def export_template(
     every: AllOption = False,
 ) -> None:
     """Write a template as a YAML file, which `import` and `train --file` read."""
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         text = _text(client, client.get_template(name), every)
     if file is None:
         print(text, end="")
@@ -153,7 +153,7 @@ def import_template(
     as_json: JsonOption = False,
 ) -> None:
     """Make a template of a file."""
-    with settings(ctx).client() as client:
+    with settings(ctx).client(start=True) as client:
         wish = wish_of(client, file=file, name=name)
         # A file without a name lends its own.
         wish.display_name = wish.display_name or file.stem

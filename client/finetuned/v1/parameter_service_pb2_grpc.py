@@ -85,7 +85,8 @@ class ParameterServiceServicer(object):
         """Says beforehand what a run will do and take: samples, optimizer steps, checkpoints, disk, parameters, memory, time.
 
         INVALID_ARGUMENT names every field that is wrong or missing for it. NOT_FOUND: no such template or task. Reads the data
-        with the runner's tokenizer, which takes seconds the first time and is remembered. Safe to repeat.
+        with the runner's tokenizer, which takes seconds the first time and is remembered. RESOURCE_EXHAUSTED: two other data files are being read.
+        Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

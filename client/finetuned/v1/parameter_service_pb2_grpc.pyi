@@ -52,7 +52,8 @@ class ParameterServiceStub:
     """Says beforehand what a run will do and take: samples, optimizer steps, checkpoints, disk, parameters, memory, time.
 
     INVALID_ARGUMENT names every field that is wrong or missing for it. NOT_FOUND: no such template or task. Reads the data
-    with the runner's tokenizer, which takes seconds the first time and is remembered. Safe to repeat.
+    with the runner's tokenizer, which takes seconds the first time and is remembered. RESOURCE_EXHAUSTED: two other data files are being read.
+    Safe to repeat.
     """
 
 @_typing.type_check_only
@@ -79,7 +80,8 @@ class ParameterServiceAsyncStub(ParameterServiceStub):
     """Says beforehand what a run will do and take: samples, optimizer steps, checkpoints, disk, parameters, memory, time.
 
     INVALID_ARGUMENT names every field that is wrong or missing for it. NOT_FOUND: no such template or task. Reads the data
-    with the runner's tokenizer, which takes seconds the first time and is remembered. Safe to repeat.
+    with the runner's tokenizer, which takes seconds the first time and is remembered. RESOURCE_EXHAUSTED: two other data files are being read.
+    Safe to repeat.
     """
 
 class ParameterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -121,7 +123,8 @@ class ParameterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says beforehand what a run will do and take: samples, optimizer steps, checkpoints, disk, parameters, memory, time.
 
         INVALID_ARGUMENT names every field that is wrong or missing for it. NOT_FOUND: no such template or task. Reads the data
-        with the runner's tokenizer, which takes seconds the first time and is remembered. Safe to repeat.
+        with the runner's tokenizer, which takes seconds the first time and is remembered. RESOURCE_EXHAUSTED: two other data files are being read.
+        Safe to repeat.
         """
 
 def add_ParameterServiceServicer_to_server(servicer: ParameterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

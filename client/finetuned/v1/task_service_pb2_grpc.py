@@ -153,8 +153,8 @@ class TaskServiceServicer(object):
         """Starts a new run. It waits in the queue while its device is busy.
 
         INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
-        environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
-        `request_id`.
+        environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
+        training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -70,8 +70,8 @@ class TaskServiceStub:
     """Starts a new run. It waits in the queue while its device is busy.
 
     INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
-    environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
-    `request_id`.
+    environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
+    training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
     StopTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.StopTaskRequest, _task_service_pb2.StopTaskResponse]
     """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
@@ -137,8 +137,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """Starts a new run. It waits in the queue while its device is busy.
 
     INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
-    environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
-    `request_id`.
+    environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
+    training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
     StopTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.StopTaskRequest, _task_service_pb2.StopTaskResponse]  # type: ignore[assignment]
     """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
@@ -237,8 +237,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts a new run. It waits in the queue while its device is busy.
 
         INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
-        environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
-        `request_id`.
+        environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
+        training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
 
     @_abc_1.abstractmethod

@@ -14,6 +14,7 @@ import signal
 from asyncio.subprocess import Process
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -55,6 +56,14 @@ _Identity = tuple[str, int, int, int]
 _Key = tuple[MeasureRequest, tuple[_Identity | None, ...]]
 
 
+@dataclass
+class _Shared:
+    """A measurement that is under way, and how many wait for it."""
+
+    answer: asyncio.Future[Measured]
+    askers: int = 0
+
+
 class Worker:
     """Questions about data, two at once at most."""
 
@@ -63,6 +72,7 @@ class Worker:
         self._asked = 0
         self._processes: set[Process] = set()
         self._measured: OrderedDict[_Key, Measured] = OrderedDict()
+        self._shared: dict[_Key, _Shared] = {}
         self._is_closed = False
 
     async def measure(self, request: MeasureRequest) -> Measured:
@@ -79,6 +89,21 @@ class Worker:
         if known is not None:
             self._measured.move_to_end(key)
             return known
+        shared = self._shared.get(key)
+        if shared is None:
+            shared = self._shared[key] = _Shared(asyncio.ensure_future(self._measure(key, request)))
+            shared.answer.add_done_callback(lambda _: self._shared.pop(key, None))
+        shared.askers += 1
+        try:
+            return await asyncio.shield(shared.answer)
+        finally:
+            shared.askers -= 1
+            if not shared.askers and not shared.answer.done():
+                # Nobody waits any more: the process ends with the question.
+                shared.answer.cancel()
+                await asyncio.wait([shared.answer])
+
+    async def _measure(self, key: _Key, request: MeasureRequest) -> Measured:
         async with contextlib.aclosing(self._ask(request)) as answers:
             async for answer in answers:
                 if isinstance(answer, Measured):
