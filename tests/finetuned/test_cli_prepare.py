@@ -83,6 +83,7 @@ def test_check_shows_all_with_what_to_type_and_writes_nothing(
     assert re.match(r"notice +optimization\.fp16 ", lines[-1])
     assert "try: finetunectl check " in answer.stderr
     assert answer.stderr.rstrip().endswith("--set training.batch_size=1")
+    assert "training.batch_size=0" not in answer.stderr, "the wrong value is replaced"
     as_json = json.loads(ctl("check", *files(scene), *wrong, "--json").stdout)
     assert as_json["valid"] is False
     assert [v["severity"] for v in as_json["violations"]] == ["error", "error", "notice"]

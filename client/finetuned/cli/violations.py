@@ -46,7 +46,22 @@ def with_suggestions(arguments: Sequence[str], violations: Sequence[ParameterVio
     grave = [violation for violation in violations if violation.severity != "notice"]
     found = dict.fromkeys(filter(None, map(assignment, grave)))
     sets = [word for suggestion in found for word in ("--set", suggestion)]
-    return shlex.join(["finetunectl", *arguments, *sets]) if sets else ""
+    kept = _without_sets(arguments, {suggestion.partition("=")[0] for suggestion in found})
+    return shlex.join(["finetunectl", *kept, *sets]) if sets else ""
+
+
+def _without_sets(arguments: Sequence[str], fields: set[str]) -> list[str]:
+    """The arguments without `--set` of these fields."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--set":
+            assigned = next(words, "")
+            if assigned.partition("=")[0].strip() not in fields:
+                kept += [word, assigned]
+        elif word.removeprefix("--set=").partition("=")[0].strip() not in fields:
+            kept.append(word)
+    return kept
 
 
 def as_json(violation: ParameterViolation) -> dict[str, Any]:
