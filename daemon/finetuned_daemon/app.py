@@ -26,7 +26,7 @@ class App:
         self.worker = Worker(config)
         self.quota = Quota(config.training_quota, Ledger(database), records)
         self.judge = Judge(records, self.environment)
-        self.planner = Planner(self.worker, records, self.quota)
+        self.planner = Planner(self.worker, self.environment, records, self.quota)
         self.templates = TemplateManager(database, repeats)
         self.manager = Manager(
             config,

@@ -13,6 +13,7 @@ from finetuned_daemon.dataset.report import Measured, MeasureRequest
 from finetuned_daemon.dataset.scan import scan
 from finetuned_daemon.dataset.worker import Worker
 from finetuned_daemon.devices import Device
+from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.errors import DaemonError, InvalidRequest, Severity, TooMany, Violation
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.model_files import (
@@ -49,8 +50,11 @@ class Estimate:
 class Planner:
     """Estimates, and the quota that a plan takes."""
 
-    def __init__(self, worker: Worker, records: Records, quota: Quota) -> None:
+    def __init__(
+        self, worker: Worker, environment: Environment, records: Records, quota: Quota
+    ) -> None:
         self._worker = worker
+        self._environment = environment
         self._records = records
         self._quota = quota
 
@@ -66,7 +70,10 @@ class Planner:
             model = await asyncio.to_thread(
                 read_model, base_folder(Path(parameters.data.model_path or ""))
             )
-            measured = await self._worker.measure(_request(parameters, training_type, model))
+            measured, probe = await asyncio.gather(
+                self._worker.measure(_request(parameters, training_type, model)),
+                self._environment.probe(),
+            )
             _check_samples(parameters, measured)
             plan = await asyncio.to_thread(
                 make_plan,
@@ -77,6 +84,7 @@ class Planner:
                 measured,
                 resume_step=resume_step(parameters, training_type),
                 tokens_per_second=self._speed(parameters, training_type, judgement.device),
+                runtime_bytes=probe.runtime_bytes if probe else 0,
             )
         except ModelUnreadable as error:  # its files, or a PEFT configuration that asks too much
             field = "lora.peft_config_path" if parameters.lora.peft_config_path else _MODEL

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import resource
 import signal
 import sys
 from typing import Any
@@ -58,6 +59,9 @@ def _look() -> Probe:
         auto = seen.take("transformers.models.auto.modeling_auto", of="transformers")
         if auto is not None:
             model_types = tuple(sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+        # The recipes, with all that a run imports.
+        seen.take("finetuned_runner.sft", of="finetuned")
+    runtime_bytes = 0 if seen.failures else _peak_bytes()
     cuda_problem = _cuda_problem(torch)
     return Probe(
         python=platform.python_version(),
@@ -67,7 +71,14 @@ def _look() -> Probe:
         cuda_problem=cuda_problem,
         devices=_devices(torch, has_bitsandbytes) if torch is not None and not cuda_problem else (),
         model_types=model_types,
+        runtime_bytes=runtime_bytes,
     )
+
+
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Imports:

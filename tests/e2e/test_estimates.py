@@ -21,6 +21,7 @@ from finetuned_daemon.config import Config
 from finetuned_daemon.dataset.report import Measured, MeasuredFile, MeasureRequest
 from finetuned_daemon.dataset.worker import Worker
 from finetuned_daemon.devices import CPU, Device, DeviceType
+from finetuned_daemon.environment.probe import Probe
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.model_files import read_model
 from finetuned_daemon.planning.plan import Plan, make_plan
@@ -88,6 +89,7 @@ def make_run(
     *,
     resume_step: int = 0,
     threads: int = 1,
+    runtime_bytes: int = 0,
     **sections: dict[str, Any],
 ) -> Run:
     """A run folder with its spec and its plan."""
@@ -117,6 +119,7 @@ def make_run(
         read_model(Path(parameters.data.model_path or "")),
         measured,
         resume_step=resume_step,
+        runtime_bytes=runtime_bytes,
     )
     return Run(root, spec, plan)
 
@@ -361,6 +364,14 @@ def peak_bytes(run: Run) -> int:
     return peak
 
 
+@pytest.fixture(scope="module")
+def runtime_bytes() -> int:
+    """What the training environment says of its imports, as the daemon asks it."""
+    command = [sys.executable, "-P", "-m", "finetuned_runner", "--probe"]
+    answer = subprocess.run(command, capture_output=True, check=True)
+    return Probe.model_validate_json(answer.stdout).runtime_bytes
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("shape", "uses_lora", "checkpointing", "batch", "length"),
@@ -374,7 +385,14 @@ def peak_bytes(run: Run) -> int:
     ],
 )
 def test_peak_memory_is_that_of_the_plan_within_a_quarter(
-    tmp_path: Path, shape: str, *, uses_lora: bool, checkpointing: bool, batch: int, length: int
+    tmp_path: Path,
+    runtime_bytes: int,
+    shape: str,
+    *,
+    uses_lora: bool,
+    checkpointing: bool,
+    batch: int,
+    length: int,
 ) -> None:
     tokenizer = make_model(tmp_path / "tokenizer", positions=1024)
     model = make_shape(tmp_path / "model", tokenizer, SHAPES[shape])
@@ -387,6 +405,7 @@ def test_peak_memory_is_that_of_the_plan_within_a_quarter(
         TrainingType.SFT,
         Measured(exact=True, train=MeasuredFile(samples=8, longest=((length, length),))),
         threads=2,
+        runtime_bytes=runtime_bytes,
         data={
             "model_path": str(model),
             "train_file": str(write_jsonl(tmp_path / "chats.jsonl", samples * 8)),

@@ -140,6 +140,15 @@ class Environment:
             check_time=time,
         )
 
+    async def probe(self) -> Probe | None:
+        """What the training environment says of itself; waits for it. None: it says nothing."""
+        try:
+            found = await self._python.ask()
+        except Unanswered:
+            return None
+        answer = await self._asked(found, (), refresh=False)
+        return None if isinstance(answer, Unanswered) else answer.probe
+
     async def before_start(self, parameters: Parameters, device: str) -> list[Item]:
         """What keeps a run from training on a device; empty: nothing that is known.
 

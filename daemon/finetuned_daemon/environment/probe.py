@@ -42,6 +42,11 @@ class Probe(_Record):
     """GPUs that torch can use."""
     model_types: tuple[str, ...]
     """`model_type`s of causal language models that transformers knows."""
+    runtime_bytes: int = 0
+    """Resident memory once all is imported that a run imports; 0: not known.
+
+    A torch that is built for CUDA takes twice that of one for the CPU alone.
+    """
 
     def device(self, device_id: str) -> ProbedDevice | None:
         """A GPU by its id."""

@@ -27,11 +27,13 @@ Parts = dict[PartName, int]
 _PAD_MULTIPLE = 8
 """Batches are padded to a multiple of this."""
 
-_RUNTIME = 405_000_000
-"""Resident bytes of Python, torch, transformers and peft after a run of a model of 40,000 weights.
+_IMPORTS = 374_000_000
+"""Resident bytes of Python, torch for the CPU, transformers and peft; 744 MB with torch for CUDA.
 
-374 MB are there before the model is loaded.
+Where the training environment was asked, it has said how many.
 """
+_FIRST_USE = 31_000_000
+"""What they take beyond that in a run of a model of 40,000 weights."""
 _CUDA_RUNTIME = 600_000_000
 """Bytes of a GPU that CUDA's context and the workspaces of cuBLAS take."""
 _BITSANDBYTES = 110_000_000
@@ -75,7 +77,11 @@ class Memory:
 
 
 def plan_memory(
-    parameters: Parameters, setup: Setup, longest: Sequence[int], samples: int
+    parameters: Parameters,
+    setup: Setup,
+    longest: Sequence[int],
+    samples: int,
+    runtime_bytes: int = 0,
 ) -> Memory:
     """Peak memory of a run.
 
@@ -84,8 +90,9 @@ def plan_memory(
         setup: Its model.
         longest: Lengths in tokens of its longest samples, as cut.
         samples: How many there are.
+        runtime_bytes: Of the training environment, once all is imported; 0: not known.
     """
-    runtime = _runtime(parameters, setup)
+    runtime = _runtime(parameters, setup, runtime_bytes or _IMPORTS)
     batch = _Batch.of(parameters, longest, samples)
     weights = _weights(setup)
     trained = 4 * setup.trained_parameters
@@ -142,14 +149,14 @@ class _Batch:
 # --- the parts
 
 
-def _runtime(parameters: Parameters, setup: Setup) -> int:
+def _runtime(parameters: Parameters, setup: Setup, imports: int) -> int:
     if setup.on_gpu:
         return _CUDA_RUNTIME
     folder = Path(parameters.data.tokenizer_path or setup.model.path)
     file = folder / "tokenizer.json"
     tokenizer = _TOKENIZER_FACTOR * file.stat().st_size if file.is_file() else 0
     needs = setup.four_bit or setup.optimizer == "adam_8bit"
-    return _RUNTIME + tokenizer + (_BITSANDBYTES if needs else 0)
+    return imports + _FIRST_USE + tokenizer + (_BITSANDBYTES if needs else 0)
 
 
 def _weights(setup: Setup) -> int:

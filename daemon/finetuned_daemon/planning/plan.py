@@ -66,6 +66,7 @@ def make_plan(
     *,
     resume_step: int = 0,
     tokens_per_second: float | None = None,
+    runtime_bytes: int = 0,
 ) -> Plan:
     """Plans a run.
 
@@ -77,6 +78,7 @@ def make_plan(
         measured: The data, read with the run's tokenizer.
         resume_step: Step of the checkpoint that it goes on from.
         tokens_per_second: Of an earlier run of this kind on this machine.
+        runtime_bytes: Of the training environment, once all is imported; 0: not known.
 
     Raises:
         ModelUnreadable: The LoRA configuration file can't be used.
@@ -107,7 +109,7 @@ def make_plan(
         disk_free_bytes=_free_bytes(data.output_dir),
         trainable_parameters=setup.trained_parameters,
         total_parameters=setup.total_parameters,
-        memory=plan_memory(parameters, setup, longest, samples),
+        memory=plan_memory(parameters, setup, longest, samples, runtime_bytes),
         memory_total_bytes=device.memory_total_bytes,
         memory_free_bytes=device.memory_free_bytes,
         duration_seconds=_duration(schedule, disk, samples, tokens, scored, tokens_per_second),
