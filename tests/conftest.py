@@ -95,9 +95,9 @@ class Scene:
         self.model.mkdir(parents=True)
         config = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
         (self.model / "config.json").write_text(json.dumps(config))
-        (self.model / "tokenizer.json").write_text("{}")
+        (self.model / "tokenizer.json").write_text('{"model": {}}')
         write_safetensors(self.model / "model.safetensors", LLAMA_TENSORS)
-        (self.model / "chat_template.jinja").write_text("")
+        (self.model / "chat_template.jinja").write_text("{{ messages }}")
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         self.data.write_text(json.dumps({"messages": chat}) + "\n")
         self.play()

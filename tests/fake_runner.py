@@ -181,18 +181,19 @@ class FakeRunner:
         entries = {n: FileEntry(size=len(data), sha256="") for n, data in files.items()}
         manifest = Manifest(step=self.step, files=entries)
         files[MANIFEST] = manifest.model_dump_json().encode()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
         status = output.stat()
         written = WrittenFolder(
             name=folder.name,
-            files=sorted(files),
+            files={name: (folder / name).stat().st_mtime_ns for name in files},
+            path=os.path.realpath(output),
             device=status.st_dev,
             inode=status.st_ino,
         )
         with open(self.run_dir / OUTPUTS, "ab") as file:
             file.write(written.model_dump_json().encode() + b"\n")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
         self.emit(CheckpointSaved(path=str(folder), step=self.step, cause=cause))
         self.saved += 1
         return str(folder)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from finetuned_daemon.config import Config
 from finetuned_daemon.environment.environment import Environment
@@ -204,7 +205,6 @@ class Manager:
             return answered
         violations = check_id("task_id", new.task_id) + check_display_name(new.display_name)
         template = self._templates.get(new.template) if new.template else None
-        to_write = self._templates.check_writable(new.template) if update_template else None
         training_type = new.training_type or (template.training_type if template else None)
         if training_type is None:
             text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
@@ -212,6 +212,7 @@ class Manager:
         elif template:
             violations += _check_type(template, training_type)
         training_type = training_type or TrainingType.SFT
+        to_write = self._writable(new.template, training_type) if update_template else None
         given = merged(template.parameters, new.parameters) if template else new.parameters
         judgement = await self._judge.judge(given, training_type, new.device, complete=start)
         violations += judgement.errors
@@ -225,13 +226,14 @@ class Manager:
         answered = self._repeats.answered(request)
         if answered is not None:
             return answered
+        self._check_quota(parameters, planned)
         task = self._new_task(new, training_type, parameters)
         if validate_only:
             return task
 
         def also(connection: sqlite3.Connection, task: Task) -> None:
             if to_write is not None:
-                self._templates.write(connection, to_write.name, parameters)
+                self._templates.write(connection, to_write.name, new.parameters)
             self._repeats.keep(connection, request, task)
 
         if start:
@@ -273,7 +275,7 @@ class Manager:
         template = edit.template if edit.changes("template") else task.template
         if edit.changes("template") and template:
             violations += _check_type(self._templates.get(template), task.training_type)
-        to_write = self._templates.check_writable(template) if update_template else None
+        to_write = self._writable(template, task.training_type) if update_template else None
         given = (
             masked(task.parameters, edit.parameters, edit.paths)
             if edit.paths
@@ -303,13 +305,14 @@ class Manager:
             return task
         time = now_us()
         task = replace(task, update_time=time, revision=task.revision + 1)
-        edited = build.task_edited(time, _differences(now, task))
+        changed = _differences(now, task)
+        edited = build.task_edited(time, changed)
         with self._database.transaction(durable=True) as connection:
             self.records.save_task(connection, task)
             last_seq = self.events.append(connection, task.key, [edited])
             task = replace(task, last_seq=last_seq)
             if to_write is not None:
-                self._templates.write(connection, to_write.name, parameters)
+                self._templates.write(connection, to_write.name, _values(parameters, changed))
         return task
 
     async def delete(
@@ -384,6 +387,7 @@ class Manager:
         now = self._idle(name, etag)
         if now.revision != task.revision:
             raise StaleEtag(task.name)
+        self._check_quota(now.parameters, planned)
         return self._enqueue(now, device, planned, lambda c, t: self._repeats.keep(c, request, t))
 
     async def _prepare_start(
@@ -425,6 +429,12 @@ class Manager:
         return self.get(name)
 
     # --- parts
+
+    def _check_quota(self, parameters: Parameters, planned: int) -> None:
+        """Raises InvalidRequest where others have taken what was left since it was planned."""
+        violations = self._planner.beyond_quota(parameters, planned) if planned else []
+        if violations:
+            raise InvalidRequest(violations)
 
     def _enqueue(
         self,
@@ -495,6 +505,22 @@ class Manager:
             update_time=now,
         )
 
+    def _writable(self, name: str, training_type: TrainingType) -> Template:
+        """The custom template that edits of a task go into.
+
+        Raises:
+            NotFound: There is none of that name.
+            WrongState: It is a preset or of another type, or the task has none.
+        """
+        template = self._templates.check_writable(name)
+        if template.training_type is not training_type:
+            raise WrongState(
+                template.name,
+                "TEMPLATE_OF_OTHER_TYPE",
+                f"{template.display_name} is a template for {template.training_type.lower()}",
+            )
+        return template
+
     def _check_name_free(self, display_name: str) -> None:
         if self.records.is_display_name_taken(display_name):
             raise AlreadyExists(
@@ -516,6 +542,14 @@ def _differences(old: Task, new: Task) -> list[str]:
         for name, value in values.items()
         if before[section][name] != value
     ]
+
+
+def _values(parameters: Parameters, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The values of the parameters among these paths, by section and name."""
+    return {
+        section: {k: v for k, v in values.items() if f"{section}.{k}" in paths}
+        for section, values in parameters.model_dump().items()
+    }
 
 
 def _check_type(template: Template, training_type: TrainingType) -> list[Violation]:

@@ -30,8 +30,9 @@ from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import by_severity
+from finetuned_daemon.validation.checkpoint import nothing_left
 from finetuned_daemon.validation.judge import Judgement
-from finetuned_daemon.validation.rules import check_warmup
+from finetuned_daemon.validation.rules import check_evaluations, check_warmup
 
 _MODEL = "data.model_path"
 
@@ -103,28 +104,36 @@ class Planner:
         data = judgement.resolved.data
         if not (data.train_file and data.model_path):
             return judgement.violations
-        _, more = await self.check_quota(judgement.resolved, training_type)
-        return by_severity([*judgement.violations, *more])
+        if self._quota.limit is None or training_type is not TrainingType.SFT:
+            return judgement.violations
+        # Asked at every keystroke: chats are counted without the tokenizer, a start counts again.
+        samples = await self._chats(judgement.resolved)
+        planned = max(1, _schedule(judgement.resolved, training_type, samples).checkpoints)
+        return by_severity([*judgement.violations, *self.beyond_quota(judgement.resolved, planned)])
 
     async def check_quota(
         self, parameters: Parameters, training_type: TrainingType
     ) -> tuple[int, list[Violation]]:
-        """Checkpoints that a run is planned to save, and what the quota says to them.
+        """Checkpoints to reserve for a run, and what the quota says to them.
 
-        Without a quota nobody asks, and a start does not wait for the data to be read.
+        At least one, for a stop always saves. Without a quota nobody asks, and a start does not
+        wait for the data to be read.
         """
-        left = self._quota.left()
-        if left is None:
+        if self._quota.limit is None:
             return 0, []
         samples = await self._train_samples(parameters, training_type)
-        if not samples:
-            return 0, []
-        schedule = _schedule(parameters, training_type, samples)
-        return schedule.checkpoints, _check_quota(parameters, schedule, left)
+        planned = 1
+        if samples:
+            planned = max(1, _schedule(parameters, training_type, samples).checkpoints)
+        return planned, self.beyond_quota(parameters, planned)
+
+    def beyond_quota(self, parameters: Parameters, planned: int) -> list[Violation]:
+        """What the quota says, at this moment, to so many checkpoints."""
+        left = self._quota.left()
+        return [] if left is None else _check_quota(parameters, planned, left)
 
     def _check_plan(self, plan: Plan, parameters: Parameters) -> list[Violation]:
-        left = self._quota.left()
-        return [] if left is None else _check_quota(parameters, plan.schedule, left)
+        return self.beyond_quota(parameters, max(1, plan.schedule.checkpoints))
 
     async def _train_samples(self, parameters: Parameters, training_type: TrainingType) -> int:
         """Samples of the training data; 0 where they can't be counted before the run."""
@@ -140,11 +149,14 @@ class Planner:
             # plan the run is still held to what is left, checkpoint by checkpoint.
             if training_type is not TrainingType.SFT:
                 return 0
-            data = parameters.data
-            path = Path(data.train_file or "")
-            seen = await asyncio.to_thread(scan, path, training_type, data.max_samples)
-            return seen.samples
+            return await self._chats(parameters)
         return measured.train_samples
+
+    async def _chats(self, parameters: Parameters) -> int:
+        """Chats of the training file."""
+        data = parameters.data
+        path = Path(data.train_file or "")
+        return (await asyncio.to_thread(scan, path, TrainingType.SFT, data.max_samples)).samples
 
     def _speed(
         self, parameters: Parameters, training_type: TrainingType, device: Device
@@ -200,20 +212,22 @@ def resume_step(parameters: Parameters, training_type: TrainingType) -> int:
     return int(manifest["step"])
 
 
-def _check_quota(parameters: Parameters, schedule: Schedule, left: int) -> list[Violation]:
-    if schedule.checkpoints <= left:
+def _check_quota(parameters: Parameters, planned: int, left: int) -> list[Violation]:
+    if planned <= left:
         return []
     training = parameters.training
     field = "training.save_steps" if training.save_strategy == "steps" else "training.save_strategy"
     text = Text(
-        f"the run would save {schedule.checkpoints} checkpoints, and of the training quota {left} "
-        f"{'is' if left == 1 else 'are'} left; save less often, or ask the operator for more",
-        f"本次训练将保存 {schedule.checkpoints} 个检查点，而训练配额只剩 {left} 个；"
+        f"the run needs {planned} checkpoints (one at least, for a stop), and of the training "
+        f"quota {left} {'is' if left == 1 else 'are'} left; save less often, or ask the operator "
+        "for more",
+        f"本次训练需要 {planned} 个检查点（至少一个，用于停止时保存），而训练配额只剩 {left} 个；"
         "请降低保存频率，或向管理员申请更多配额",
     )
-    suggested: int | str = "no"
+    # With none left nothing helps.
+    suggested: int | str | None = "no" if left else None
     if left and training.save_strategy == "steps":
-        suggested = math.ceil(schedule.run_steps / left)
+        suggested = math.ceil(training.save_steps * planned / left)
     return [
         Violation(
             field,
@@ -262,8 +276,13 @@ def _check_lengths(plan: Plan, parameters: Parameters) -> list[Violation]:
             f"有 {plan.cut_samples} 个样本超过 {length} 个 token，将被截断",
         )
         found.append(Violation(field, text, "SAMPLES_CUT", Severity.NOTICE))
+    total = plan.schedule.total_steps
     if parameters.training.max_steps <= 0:
-        found += check_warmup(parameters.training, plan.schedule.total_steps)
+        found += check_warmup(parameters.training, total)
+    if plan.eval_samples:
+        found += check_evaluations(parameters.training, total)
+    if not plan.schedule.run_steps:
+        found.append(nothing_left(total, total))
     return found
 
 

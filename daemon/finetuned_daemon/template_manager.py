@@ -6,6 +6,7 @@ import secrets
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from finetuned_daemon.errors import (
     AlreadyExists,
@@ -34,6 +35,8 @@ from finetuned_daemon.tasks import now_us
 from finetuned_daemon.templates import PRESETS, Template, preset_of
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import check_fields
+
+_OF_ONE_TASK = ("data.output_dir", "data.resume_from_checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,8 @@ class TemplateManager:
         training_type = new.training_type or TrainingType.SFT
         if base is None:
             base = preset_of(training_type).parameters
+        else:
+            base = Parameters.model_validate(_shared(base.model_dump()))
         parameters, wrong = _judged(merged(base, new.parameters), training_type)
         violations += wrong
         if violations or parameters is None:
@@ -188,9 +193,12 @@ class TemplateManager:
             )
         return self._custom(name)
 
-    def write(self, connection: sqlite3.Connection, name: str, parameters: Parameters) -> None:
-        """Writes a task's parameters into its custom template, in the task's transaction."""
-        self._save(connection, replace(self._custom(name), parameters=parameters))
+    def write(self, connection: sqlite3.Connection, name: str, edits: Given) -> None:
+        """Writes a task's edits into its custom template, in the task's transaction."""
+        template = self._custom(name)
+        values = merged(template.parameters, _shared(edits))
+        parameters = Parameters.model_validate(values)
+        self._save(connection, replace(template, parameters=parameters))
 
     def delete(self, name: str, *, etag: str, allow_missing: bool) -> None:
         """Deletes a custom template.
@@ -249,6 +257,17 @@ class TemplateManager:
         template = replace(template, update_time=now_us(), revision=template.revision + 1)
         self._rows.save(connection, template)
         return template
+
+
+def _shared(values: Given) -> dict[str, dict[str, Any]]:
+    """The values without those that belong to one task alone: where it writes, what it resumes.
+
+    Tasks of one template would write into one folder, and go on from one another's checkpoints.
+    """
+    return {
+        section: {k: v for k, v in fields.items() if f"{section}.{k}" not in _OF_ONE_TASK}
+        for section, fields in values.items()
+    }
 
 
 def _check_name(name: str) -> list[Violation]:

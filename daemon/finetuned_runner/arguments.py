@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from finetuned_daemon.parameters.models import Parameters, TrainingParameters
+from finetuned_daemon.parameters.needs import effective_optimizer
 from finetuned_daemon.runs.contract import EndReason
 from finetuned_runner.failures import RunFailed
 from finetuned_runner.report import Report
@@ -24,7 +25,6 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in TrainingArguments.__dataclass_fields__
 )
-_EIGHT_BIT = {"adamw_torch": "adamw_8bit"}
 
 
 # --- precision
@@ -168,15 +168,13 @@ def scheduler_options(training: TrainingParameters) -> dict[str, int]:
 
 
 def _optimizer(parameters: Parameters, report: Report) -> str:
-    name: str = parameters.training.optimizer
+    name = effective_optimizer(parameters)
     if parameters.optimization.use_8bit_optimizer and not name.endswith("8bit"):
-        if name not in _EIGHT_BIT:
-            report.notice(
-                "optimization.use_8bit_optimizer",
-                "NO_8BIT_OPTIMIZER",
-                f"There is no 8-bit {name}; it runs in full precision.",
-            )
-        name = _EIGHT_BIT.get(name, name)
+        report.notice(
+            "optimization.use_8bit_optimizer",
+            "NO_8BIT_OPTIMIZER",
+            f"There is no 8-bit {name}; it runs in full precision.",
+        )
     if name.endswith("8bit"):
         need_bitsandbytes(f"The optimizer {name}", EndReason.RUNNER_CRASHED)
     return name

@@ -101,8 +101,12 @@ def commit(staging: Path, target: Path, report: Report) -> None:
 
     What is in it is recorded first: the record may name what is not there, never lack what is.
     """
-    files = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
-    report.record_output(target, sorted(files))
+    files = {
+        path.relative_to(staging).as_posix(): path.stat().st_mtime_ns
+        for path in sorted(staging.rglob("*"))
+        if path.is_file()
+    }
+    report.record_output(target, files)
     if target.exists():
         remove_folder(target)
     os.replace(staging, target)

@@ -129,7 +129,7 @@ class Report:
         """Makes every event so far durable."""
         os.fsync(self._file)
 
-    def record_output(self, folder: Path, files: list[str]) -> None:
+    def record_output(self, folder: Path, files: dict[str, int]) -> None:
         """Records, durably, a folder that is about to appear in the output folder.
 
         Deleting a task removes what is recorded here, and nothing else.
@@ -139,7 +139,11 @@ class Report:
         """
         parent = folder.parent.stat()
         record = WrittenFolder(
-            name=folder.name, files=files, device=parent.st_dev, inode=parent.st_ino
+            name=folder.name,
+            files=files,
+            path=os.path.realpath(folder.parent),
+            device=parent.st_dev,
+            inode=parent.st_ino,
         )
         line = record.model_dump_json().encode() + b"\n"
         with open(self._run_dir / OUTPUTS, "ab") as file:

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.parameters.needs import effective_optimizer
 from finetuned_daemon.runs.contract import (
     CheckpointDeleted,
     CheckpointSaved,
@@ -337,6 +338,7 @@ class RunTrainer(Trainer):
                         num_tokens=self._tokens_at_step,
                         best_eval_loss=self._best_loss,
                         evaluations_without_gain=self._without_gain,
+                        optimizer=effective_optimizer(self._parameters),
                     ),
                 )
                 checkpoint.commit(folder, target, self._report)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -94,3 +96,38 @@ def test_without_a_quota_nothing_is_limited_and_all_is_counted(
         assert answer.used == 5
     finally:
         daemon.close()
+
+
+def test_tasks_that_start_at_once_get_no_more_than_is_left(daemon: Daemon, scene: Scene) -> None:
+    scene.play(gated=True)
+    tasks = [daemon.create(scene.parameters(save_steps=1, max_steps=1)) for _ in range(8)]
+
+    def start(task: task_pb2.Task) -> grpc.StatusCode:
+        try:
+            daemon.tasks.StartTask(pb2.StartTaskRequest(name=task.name))
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+        return grpc.StatusCode.OK
+
+    with ThreadPoolExecutor(8) as pool:
+        codes = Counter(pool.map(start, tasks))
+    assert codes == {grpc.StatusCode.OK: 3, grpc.StatusCode.INVALID_ARGUMENT: 5}
+    assert quota(daemon) == (3, 0, 3)
+
+
+def test_a_stop_always_saves_and_uses_no_more_than_there_is(daemon: Daemon, scene: Scene) -> None:
+    """A run that plans to save nothing has one reserved for it all the same."""
+    scene.play(gated=True)
+    parameters = scene.parameters(save_strategy="no")
+    for used in (1, 2, 3):
+        task = daemon.create(parameters, start=True)
+        with daemon.watch(task.name) as watch:
+            scene.let_pass(1)
+            watch.until_step(1)
+        daemon.tasks.StopTask(pb2.StopTaskRequest(name=task.name))
+        assert daemon.wait(task.name, "STOPPED").last_checkpoint
+        assert quota(daemon) == (3, used, 0)
+    with pytest.raises(grpc.RpcError) as caught:
+        daemon.create(parameters, start=True)
+    assert "0 are left" in caught.value.details()

@@ -146,6 +146,38 @@ def test_edits_reach_the_template_only_where_the_caller_asks(daemon: Daemon) -> 
     assert code is grpc.StatusCode.FAILED_PRECONDITION
 
 
+def test_edits_reach_no_template_of_another_type_by_the_same_name(daemon: Daemon) -> None:
+    first = template_service_pb2.Template(display_name="one", training_type=SFT)
+    request = template_service_pb2.CreateTemplateRequest(template=first, template_id="tt-one")
+    daemon.templates.CreateTemplate(request)
+    task = task_pb2.Task(template="templates/tt-one", device="cpu")
+    task = daemon.tasks.CreateTask(tasks_pb2.CreateTaskRequest(task=task)).task
+    daemon.templates.DeleteTemplate(
+        template_service_pb2.DeleteTemplateRequest(name="templates/tt-one")
+    )
+    request.template.training_type = task_pb2.TRAINING_TYPE_PRETRAIN
+    daemon.templates.CreateTemplate(request)
+    edit = task_pb2.Task(name=task.name, parameters=parameters(batch_size=77))
+    update = tasks_pb2.UpdateTaskRequest(task=edit, update_template=True)
+    assert refusal(daemon.tasks.UpdateTask, update)[0] is grpc.StatusCode.FAILED_PRECONDITION
+    assert get(daemon, "templates/tt-one").parameters.training.batch_size == 2
+
+
+def test_only_the_edit_goes_into_the_template_and_never_a_tasks_own_folders(
+    daemon: Daemon, scene: Scene
+) -> None:
+    template = create(daemon, "mine", batch_size=8)
+    task = task_pb2.Task(template=template.name, parameters=scene.parameters(), device="cpu")
+    task = daemon.tasks.CreateTask(tasks_pb2.CreateTaskRequest(task=task)).task
+    edit = task_pb2.Task(name=task.name, parameters=parameters(batch_size=16))
+    edit.parameters.data.output_dir = str(scene.root / "elsewhere")
+    daemon.tasks.UpdateTask(tasks_pb2.UpdateTaskRequest(task=edit, update_template=True))
+    written = get(daemon, template.name).parameters
+    assert written.training.batch_size == 16
+    assert not written.data.HasField("train_file"), "not edited"
+    assert not written.data.HasField("output_dir")
+
+
 def test_a_template_is_saved_as_from_a_task(daemon: Daemon, scene: Scene) -> None:
     task = daemon.create(scene.parameters(batch_size=16))
     template = template_service_pb2.Template(
@@ -159,6 +191,7 @@ def test_a_template_is_saved_as_from_a_task(daemon: Daemon, scene: Scene) -> Non
     assert saved.parameters.training.batch_size == 16
     assert saved.parameters.training.num_train_epochs == 9
     assert saved.parameters.data.train_file == str(scene.data)
+    assert not saved.parameters.data.HasField("output_dir"), "where it writes is the task's own"
     assert daemon.templates.CreateTemplate(request).template == saved, "a repeat is safe"
 
 

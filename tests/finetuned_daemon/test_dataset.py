@@ -422,3 +422,15 @@ def test_a_scan_names_a_hundred_bad_lines_and_counts_all(tmp_path: Path) -> None
     seen = scan(path, SFT)
     assert (len(seen.bad), seen.bad_count) == (100, 250)
     assert scan(path, SFT, 3).bad_count == 3
+
+
+def test_a_file_that_grows_is_read_to_where_it_ended_when_it_was_opened(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    line = json.dumps({"text": "word " * 100}) + "\n"
+    path.write_text(line * 3)
+    seen = 0
+    for _ in read_documents(path):
+        seen += 1
+        with path.open("a") as file:
+            file.write(line * 10_000)
+    assert seen == 3

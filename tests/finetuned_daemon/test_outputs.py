@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,18 @@ class Output:
     def record(self, name: str, *files: str, inode: int = 0) -> None:
         status = self.folder.stat()
         line = WrittenFolder(
-            name=name, files=list(files), device=status.st_dev, inode=inode or status.st_ino
+            name=name,
+            files={file: self.changed(name, file) for file in files},
+            path=os.path.realpath(self.folder),
+            device=status.st_dev,
+            inode=inode or status.st_ino,
         )
         with open(self.run_dir / OUTPUTS, "a") as file:
             file.write(line.model_dump_json() + "\n")
+
+    def changed(self, name: str, file: str) -> int:
+        path = self.folder / name / file
+        return path.stat().st_mtime_ns if path.exists() else 0
 
     def delete(self) -> Deleted:
         return delete_outputs([(self.run_dir, self.folder)])
@@ -53,6 +62,14 @@ def test_files_of_anybody_else_stay_and_their_folder_is_told(output: Output) -> 
     assert deleted.files == 2
     assert deleted.left == [str(output.folder)]
     assert notes.read_text() == "mine"
+
+
+def test_a_file_that_was_changed_since_stays(output: Output) -> None:
+    weights = output.folder / "checkpoint-1" / "weights"
+    weights.write_text("edited by hand")
+    deleted = output.delete()
+    assert (deleted.files, deleted.left) == (1, [str(output.folder)])
+    assert weights.read_text() == "edited by hand"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +115,15 @@ def test_an_output_folder_that_is_a_link_by_now_is_left_alone(
     deleted = output.delete()
     assert deleted.files == 0
     assert (tmp_path / "moved" / "checkpoint-1" / "weights").exists()
+
+
+def test_a_folder_that_is_reached_through_a_link_by_now_is_left_alone(
+    output: Output, tmp_path: Path
+) -> None:
+    output.folder.parent.rename(tmp_path / "moved")
+    output.folder.parent.symlink_to(tmp_path / "moved")
+    deleted = output.delete()
+    assert (deleted.files, deleted.left) == (0, [str(output.folder)])
 
 
 def test_a_torn_record_and_files_that_are_gone_are_passed_over(output: Output) -> None:

@@ -172,12 +172,19 @@ def test_a_list_takes_any_names_from_one_to_256() -> None:
 def test_a_choice_is_one_of_its_choices(path: str) -> None:
     for choice in BY_PATH[path]["choices"]:
         assert refused(path, choice) == []
-    for bad in ("nope", "", BY_PATH[path]["choices"][0].upper()):
+    first, default = BY_PATH[path]["choices"][0], BY_PATH[path]["default"]
+    for bad, meant in (("xyzzy", default), ("", default), (first.upper(), first)):
         (violation,) = judge({path: bad})
         assert (violation.field, violation.reason) == (path, "NOT_A_CHOICE")
-        assert violation.suggested == BY_PATH[path]["default"]
+        assert violation.suggested == meant
         for text in violation.message:
             assert all(choice in text for choice in BY_PATH[path]["choices"])
+
+
+@pytest.mark.parametrize("word", ["No", "off", "OFF", "none", "False"])
+def test_a_word_for_no_is_understood_as_no(word: str) -> None:
+    (violation,) = judge({"training.save_strategy": word})
+    assert violation.suggested == "no"
 
 
 def test_a_start_demands_what_is_required_and_has_no_default() -> None:

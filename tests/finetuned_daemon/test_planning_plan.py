@@ -12,7 +12,7 @@ from finetuned_daemon.dataset.report import Measured, MeasuredFile
 from finetuned_daemon.devices import Device, DeviceType
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.disk import saved_tokenizer_bytes
-from finetuned_daemon.planning.model_files import ModelFiles, read_model
+from finetuned_daemon.planning.model_files import ModelFiles, ModelUnreadable, read_model
 from finetuned_daemon.planning.plan import Plan, make_plan
 from finetuned_daemon.runs.contract import TrainingType
 from tiny import make_model
@@ -205,3 +205,24 @@ def test_the_tokenizer_is_counted_as_it_is_written_again(
 def test_a_damaged_tokenizer_does_no_harm(folder: Path, content: str) -> None:
     (folder / "tokenizer.json").write_text(content)
     assert saved_tokenizer_bytes(folder) > 0
+
+
+@pytest.mark.parametrize("pattern", ["(.*.*)*x", ".*.*.*.*.*.*.*.*x", "(a{999}){999}", "x" * 600])
+def test_a_pattern_that_may_take_for_ever_is_refused(
+    folder: Path, tmp_path: Path, pattern: str
+) -> None:
+    """Nothing can interrupt a match, and the daemon would answer nobody."""
+    file = tmp_path / "peft.json"
+    for settings in ({"target_modules": pattern}, {"rank_pattern": {pattern: 4}}):
+        file.write_text(json.dumps(settings))
+        with pytest.raises(ModelUnreadable, match="pattern"):
+            plan(folder, lora={"peft_config_path": str(file)})
+
+
+def test_a_plain_pattern_of_modules_is_understood(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "peft.json"
+    file.write_text(json.dumps({"r": 4, "target_modules": r".*\.(q|v)_proj"}))
+    by_pattern = plan(folder, lora={"peft_config_path": str(file)})
+    file.write_text(json.dumps({"r": 4, "target_modules": ["q_proj", "v_proj"]}))
+    by_name = plan(folder, lora={"peft_config_path": str(file)})
+    assert by_pattern.trainable_parameters == by_name.trainable_parameters > 0

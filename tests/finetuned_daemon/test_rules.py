@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -146,6 +147,7 @@ ACROSS: list[tuple[Values, TrainingType, Surroundings, tuple[str, str, Severity]
         ON_TURING,
         ("training.optimizer", "DEVICE_LACKS_IT", E),
     ),
+    ({"lora.lora_dropout": 1.0}, SFT, ON_AMPERE, ("lora.lora_dropout", "NOTHING_TO_LEARN", W)),
     ({}, SFT, Surroundings(), ("optimization.fp16", "FP16_UNAVAILABLE_ON_CPU", N)),
     (
         {"data.dataloader_pin_memory": True, "optimization.fp16": False},
@@ -239,7 +241,7 @@ class World:
             for path in folder.iterdir()
             if path.name != "manifest.json"
         }
-        manifest = Manifest(step=1, files=files)
+        manifest = Manifest(step=1, files=files, optimizer="adamw_torch")
         (folder / "manifest.json").write_text(manifest.model_dump_json())
         self.set(data__resume_from_checkpoint=str(folder))
         return folder
@@ -326,6 +328,42 @@ def both(*parts: Callable[[World], object]) -> Callable[[World], None]:
     return spoil
 
 
+def copy_of(path: Path) -> Path:
+    return Path(shutil.copy(path, path.with_name(f"copy-{path.name}")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 0},
+        {"r": "x"},
+        {"lora_alpha": math.nan},
+        {"lora_dropout": 2},
+        {"bias": "zz"},
+        {"target_modules": "("},
+        {"target_modules": [1]},
+        {"rank_pattern": {"q_proj": 0}},
+    ],
+)
+def test_a_peft_file_with_what_no_lora_has_is_refused(
+    world: World, settings: dict[str, Any]
+) -> None:
+    path = world.scene.root / "peft.json"
+    path.write_text(json.dumps(settings))
+    world.set(lora__peft_config_path=str(path))
+    found = [v for v in world.judge() if v.severity is E]
+    assert alone(found) == ("lora.peft_config_path", "BAD_PEFT_CONFIG", E)
+    assert next(iter(settings)) in found[0].message.en
+
+
+def test_a_peft_file_for_another_model_is_refused(world: World) -> None:
+    path = world.scene.root / "peft.json"
+    path.write_text('{"r": 4, "target_modules": ["c_attn"]}')
+    world.set(lora__peft_config_path=str(path))
+    found = [v for v in world.judge() if v.severity is E]
+    assert alone(found) == ("lora.peft_config_path", "TARGET_MODULE_MISSING", E)
+
+
 def unlink(name: str) -> Callable[[World], None]:
     return lambda world: (world.scene.model / name).unlink()
 
@@ -357,6 +395,62 @@ WORLD: dict[str, tuple[Callable[[World], object], tuple[str, str, Severity]]] = 
         ("training.max_seq_length", "MAX_SEQ_LENGTH_ABOVE_MODEL", W),
     ),
     "targets": (spoil_targets, ("lora.lora_target_modules", "TARGET_MODULE_MISSING", E)),
+    "type is no name": (
+        lambda w: w.config(model_type=["llama"]),
+        ("data.model_path", "MODEL_TYPE_UNKNOWN", E),
+    ),
+    "another width than its weights": (
+        lambda w: w.config(hidden_size=10**9, num_hidden_layers=10**9),
+        ("data.model_path", "MODEL_CONTRADICTS_ITSELF", E),
+    ),
+    "quantized": (
+        lambda w: w.config(quantization_config={"quant_method": "gptq"}),
+        ("data.model_path", "MODEL_IS_QUANTIZED", E),
+    ),
+    "broken tokenizer": (
+        lambda w: (w.scene.model / "tokenizer.json").write_text("{}"),
+        ("data.model_path", "TOKENIZER_UNUSABLE", E),
+    ),
+    "empty chat template": (
+        lambda w: (w.scene.model / "chat_template.jinja").write_text(""),
+        ("data.model_path", "CHAT_TEMPLATE_MISSING", E),
+    ),
+    "evaluation on the training data": (
+        lambda w: w.set(data__eval_file=str(w.scene.data), training__eval_strategy="epoch"),
+        ("data.eval_file", "EVALUATION_ON_TRAINING_DATA", W),
+    ),
+    "evaluation beyond the end": (
+        lambda w: w.set(
+            data__eval_file=str(copy_of(w.scene.data)),
+            training__eval_strategy="steps",
+            training__eval_steps=5000,
+        ),
+        ("training.eval_steps", "EVALUATION_AT_END_ONLY", W),
+    ),
+    "output in results": (
+        lambda w: setattr(
+            w,
+            "surroundings",
+            Surroundings(device="cuda:0", capability=AMPERE, output_within="tasks/other"),
+        ),
+        ("data.output_dir", "OUTPUT_IN_RESULTS", E),
+    ),
+    "output in /proc": (
+        setting(data__output_dir="/proc/x"),
+        ("data.output_dir", "NOT_WRITABLE", E),
+    ),
+    "another optimizer": (
+        both(lambda w: w.checkpoint(), setting(training__optimizer="sgd")),
+        (RESUME, "CHECKPOINT_OF_OTHER_OPTIMIZER", E),
+    ),
+    "nothing left": (
+        both(lambda w: w.checkpoint(), setting(training__max_steps=1)),
+        (RESUME, "NOTHING_LEFT_TO_TRAIN", W),
+    ),
+    "attached from another model": (
+        both(lambda w: w.checkpoint(width=4), setting(data__attach_lora=True)),
+        (RESUME, "CHECKPOINT_OF_OTHER_MODEL", E),
+    ),
     "no tokenizer": (unlink("tokenizer.json"), ("data.model_path", "TOKENIZER_NOT_FOUND", E)),
     "no chat template": (
         unlink("chat_template.jinja"),
@@ -369,7 +463,7 @@ WORLD: dict[str, tuple[Callable[[World], object], tuple[str, str, Severity]]] = 
     ),
     "eval file and ratio": (
         lambda w: w.set(
-            data__eval_file=str(w.scene.data),
+            data__eval_file=str(copy_of(w.scene.data)),
             data__eval_ratio=0.5,
             training__eval_strategy="epoch",
         ),

@@ -31,7 +31,7 @@ class _BadLinePolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BadLine
     BAD_LINE_POLICY_FAIL: _BadLinePolicy.ValueType  # 1
     """One bad line and the file can't be used, as a run has it."""
     BAD_LINE_POLICY_SKIP: _BadLinePolicy.ValueType  # 2
-    """Bad lines are left out."""
+    """Bad lines are left out of the report's figures. A run refuses the file all the same."""
 
 class BadLinePolicy(_BadLinePolicy, metaclass=_BadLinePolicyEnumTypeWrapper):
     """What becomes of bad lines."""
@@ -41,7 +41,7 @@ BAD_LINE_POLICY_UNSPECIFIED: BadLinePolicy.ValueType  # 0
 BAD_LINE_POLICY_FAIL: BadLinePolicy.ValueType  # 1
 """One bad line and the file can't be used, as a run has it."""
 BAD_LINE_POLICY_SKIP: BadLinePolicy.ValueType  # 2
-"""Bad lines are left out."""
+"""Bad lines are left out of the report's figures. A run refuses the file all the same."""
 Global___BadLinePolicy: _TypeAlias = BadLinePolicy  # noqa: Y015
 
 class _DataFormat:

@@ -780,7 +780,7 @@ class EstimateTaskResponse(_message.Message):
     """Checkpoints that the quota has left; absent: no quota."""
     disk_bytes: _builtins.int
     """Bytes that the run will leave in the output folder: kept checkpoints, the final model, the merged model. Measured: within
-    1 % of the real bytes (README, Estimates).
+    3 % of the real bytes (README, Estimates).
     """
     checkpoint_bytes: _builtins.int
     """Bytes of one checkpoint."""
@@ -811,7 +811,7 @@ class EstimateTaskResponse(_message.Message):
 
     @_builtins.property
     def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParameterViolation]:
-        """What is wrong, unusual or good to know with these parameters; never an error."""
+        """What is to be said of parameters and plan: warnings and notices, and an error where the plan goes beyond the quota."""
 
     def __init__(
         self,

@@ -75,7 +75,7 @@ class ParameterServiceServicer(object):
         """Judges parameters: every violation at once, errors first, then warnings and notices. Writes nothing.
 
         Wrong parameters are an answer here, not an error of the call. Files are read, and remembered while they do not change.
-        INVALID_ARGUMENT: no training type, no such device. NOT_FOUND: no such template or task. Safe to repeat.
+        INVALID_ARGUMENT: no training type, or a template or task of another. NOT_FOUND: no such template or task. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

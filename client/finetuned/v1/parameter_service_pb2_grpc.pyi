@@ -46,7 +46,7 @@ class ParameterServiceStub:
     """Judges parameters: every violation at once, errors first, then warnings and notices. Writes nothing.
 
     Wrong parameters are an answer here, not an error of the call. Files are read, and remembered while they do not change.
-    INVALID_ARGUMENT: no training type, no such device. NOT_FOUND: no such template or task. Safe to repeat.
+    INVALID_ARGUMENT: no training type, or a template or task of another. NOT_FOUND: no such template or task. Safe to repeat.
     """
     EstimateTask: _grpc.UnaryUnaryMultiCallable[_parameter_service_pb2.EstimateTaskRequest, _parameter_service_pb2.EstimateTaskResponse]
     """Says beforehand what a run will do and take: samples, optimizer steps, checkpoints, disk, parameters, memory, time.
@@ -74,7 +74,7 @@ class ParameterServiceAsyncStub(ParameterServiceStub):
     """Judges parameters: every violation at once, errors first, then warnings and notices. Writes nothing.
 
     Wrong parameters are an answer here, not an error of the call. Files are read, and remembered while they do not change.
-    INVALID_ARGUMENT: no training type, no such device. NOT_FOUND: no such template or task. Safe to repeat.
+    INVALID_ARGUMENT: no training type, or a template or task of another. NOT_FOUND: no such template or task. Safe to repeat.
     """
     EstimateTask: _aio.UnaryUnaryMultiCallable[_parameter_service_pb2.EstimateTaskRequest, _parameter_service_pb2.EstimateTaskResponse]  # type: ignore[assignment]
     """Says beforehand what a run will do and take: samples, optimizer steps, checkpoints, disk, parameters, memory, time.
@@ -111,7 +111,7 @@ class ParameterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Judges parameters: every violation at once, errors first, then warnings and notices. Writes nothing.
 
         Wrong parameters are an answer here, not an error of the call. Files are read, and remembered while they do not change.
-        INVALID_ARGUMENT: no training type, no such device. NOT_FOUND: no such template or task. Safe to repeat.
+        INVALID_ARGUMENT: no training type, or a template or task of another. NOT_FOUND: no such template or task. Safe to repeat.
         """
 
     @_abc_1.abstractmethod

@@ -43,8 +43,8 @@ class CreateTaskRequest(_message.Message):
     validate_only: _builtins.bool
     """Check only, write nothing; the answer holds the task as it would be."""
     update_template: _builtins.bool
-    """Write the task's parameters into its custom template too: the "temporary template" box, unticked. Default: they are the
-    task's alone.
+    """Write the parameters given here into the task's custom template too: the "temporary template" box, unticked. Default: they are
+    the task's alone. `data.output_dir` and `data.resume_from_checkpoint` never go into a template this way.
     """
     @_builtins.property
     def task(self) -> _task_pb2.Task:
@@ -213,8 +213,8 @@ class UpdateTaskRequest(_message.Message):
     UPDATE_TEMPLATE_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     update_template: _builtins.bool
-    """Write the task's parameters into its custom template too: the "temporary template" box, unticked. Default: they are the
-    task's alone.
+    """Write what this edit changes into the task's custom template too: the "temporary template" box, unticked. Default: it is the
+    task's alone. `data.output_dir` and `data.resume_from_checkpoint` never go into a template this way.
     """
     validate_only: _builtins.bool
     """Check only, write nothing; the answer holds the task as it would be."""

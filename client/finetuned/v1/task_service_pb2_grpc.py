@@ -131,8 +131,8 @@ class TaskServiceServicer(object):
         after an edit is a new run with a history.
 
         What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
-        FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template. ALREADY_EXISTS: the display name
-        is taken. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat.
+        FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
+        display name is taken. ABORTED: stale `etag`. NOT_FOUND: no such task or template. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

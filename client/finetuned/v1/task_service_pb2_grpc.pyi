@@ -56,8 +56,8 @@ class TaskServiceStub:
     after an edit is a new run with a history.
 
     What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
-    FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template. ALREADY_EXISTS: the display name
-    is taken. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat.
+    FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
+    display name is taken. ABORTED: stale `etag`. NOT_FOUND: no such task or template. Safe to repeat.
     """
     DeleteTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.DeleteTaskRequest, _task_service_pb2.DeleteTaskResponse]
     """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
@@ -123,8 +123,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     after an edit is a new run with a history.
 
     What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
-    FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template. ALREADY_EXISTS: the display name
-    is taken. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat.
+    FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
+    display name is taken. ABORTED: stale `etag`. NOT_FOUND: no such task or template. Safe to repeat.
     """
     DeleteTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.DeleteTaskRequest, _task_service_pb2.DeleteTaskResponse]  # type: ignore[assignment]
     """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
@@ -211,8 +211,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         after an edit is a new run with a history.
 
         What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
-        FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template. ALREADY_EXISTS: the display name
-        is taken. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat.
+        FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
+        display name is taken. ABORTED: stale `etag`. NOT_FOUND: no such task or template. Safe to repeat.
         """
 
     @_abc_1.abstractmethod

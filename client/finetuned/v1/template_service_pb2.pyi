@@ -91,7 +91,9 @@ class CreateTemplateRequest(_message.Message):
     template_id: _builtins.str
     """Id for the name `templates/{template_id}`: 4 to 63 of `a-z`, `0-9` and `-`, a letter first. Empty: the daemon chooses."""
     task: _builtins.str
-    """`tasks/{task_id}` to take training type and parameters from. Empty: none."""
+    """`tasks/{task_id}` to take training type and parameters from, but for `data.output_dir` and `data.resume_from_checkpoint`.
+    Empty: none.
+    """
     request_id: _builtins.str
     """Chosen by the client, such as a UUID; at most 64 characters. Makes a repeat safe for at least a day."""
     @_builtins.property

@@ -10,12 +10,14 @@ Files are streamed: memory holds one record, or the one document of a `.txt` fil
 from __future__ import annotations
 
 import codecs
+import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from finetuned_daemon.dataset.formats import (
     BadRecord,
@@ -82,6 +84,23 @@ class _Raw:
         )
 
 
+class _AsOpened(io.FileIO):
+    """A file as long as it was when it was opened: one that grows is read to there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._end = os.fstat(self.fileno()).st_size
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Reads no further than to the end as it was."""
+        left = max(0, self._end - self.tell())
+        return super().readinto(memoryview(buffer)[:left])
+
+
+def _open(path: Path) -> BinaryIO:
+    return io.BufferedReader(_AsOpened(path), _CHUNK)
+
+
 def is_plain_text(path: Path) -> bool:
     """Whether a file of documents is read as one plain text rather than as records."""
     return path.suffix.lower() == ".txt"
@@ -128,7 +147,7 @@ def read_plain_text(path: Path) -> Iterator[str | BadLine]:
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line, line_start, offset = 1, 0, 0
-    with path.open("rb") as file:
+    with _open(path) as file:
         while True:
             chunk = file.read(_CHUNK)
             try:
@@ -207,7 +226,7 @@ def _not_json(raw: _Raw, error: json.JSONDecodeError) -> Text:
 
 
 def _read_raw(path: Path) -> Iterator[_Raw]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         array_start = _array_start(file)
         if array_start is None:
             yield from _read_lines(file)

@@ -27,6 +27,11 @@ _DEFAULT_TARGETS = ("q_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 _DEFAULT_RANK = 8
 _PREFIX = "base_model.model."
 
+_LONGEST_PATTERN = 500
+_MOST_REPETITIONS = 2
+_REPEATED_GROUP = re.compile(r"\)[*+{?]")
+_REPETITION = re.compile(r"[*+{]")
+
 Shape = tuple[int, ...]
 
 
@@ -155,6 +160,7 @@ def _read(file: Path) -> _Settings:
         for pattern in patterns:
             if isinstance(pattern, str):
                 re.compile(pattern)
+                _check_pattern(pattern)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         sentence = Text(
             f"the LoRA configuration {file} can't be used: {error}",
@@ -162,6 +168,18 @@ def _read(file: Path) -> _Settings:
         )
         raise ModelUnreadable(sentence) from error
     return settings
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raises ValueError for a pattern that may take for ever: nothing can interrupt a match.
+
+    Time grows with a power of a name's length for each repetition, and exponentially where what is
+    repeated is a group.
+    """
+    if len(pattern) > _LONGEST_PATTERN or _REPEATED_GROUP.search(pattern):
+        raise ValueError(f"the pattern {pattern[:60]!r} can't be evaluated before the run")
+    if len(_REPETITION.findall(pattern)) > _MOST_REPETITIONS:
+        raise ValueError(f"the pattern {pattern[:60]!r} repeats too much; name the modules instead")
 
 
 def _targets(value: Any) -> tuple[str, ...] | str | None:

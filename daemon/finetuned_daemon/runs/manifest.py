@@ -42,6 +42,8 @@ class Manifest(_Record):
     best_eval_loss: float | None = None
     """For early stopping: the loss to improve on."""
     evaluations_without_gain: int = 0
+    optimizer: str = ""
+    """As the parameter `training.optimizer` has it; empty in checkpoints of earlier versions."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
     """By path relative to the checkpoint, with forward slashes."""
 
@@ -56,8 +58,13 @@ class WrittenFolder(_Record):
 
     name: str
     """Of the folder within the output folder, such as `checkpoint-100`."""
-    files: list[str]
-    """Paths relative to the folder, with forward slashes."""
+    files: dict[str, int]
+    """By path relative to the folder, with forward slashes: when it was last changed, in ns.
+
+    A file that was changed later is somebody else's work.
+    """
+    path: str
+    """Of the output folder, with no link in it: through another way nobody means this folder."""
     device: int
     """`st_dev` of the output folder."""
     inode: int

@@ -73,8 +73,9 @@ def _delete_run(output_dir: Path, records: list[WrittenFolder], result: Deleted)
         return
     try:
         there = os.fstat(descriptor)
+        path = os.path.realpath(output_dir)
         for record in records:
-            if (record.device, record.inode) == (there.st_dev, there.st_ino):
+            if (record.path, record.device, record.inode) == (path, there.st_dev, there.st_ino):
                 _delete_folder(descriptor, record, result)
     finally:
         os.close(descriptor)
@@ -84,12 +85,12 @@ def _delete_run(output_dir: Path, records: list[WrittenFolder], result: Deleted)
 def _delete_folder(parent: int, record: WrittenFolder, result: Deleted) -> None:
     """Deletes the files of one record, then the folders that are empty."""
     folders = {PurePosixPath()}
-    for name in record.files:
+    for name, changed in record.files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts:
             continue
         folders.update(path.parents)
-        _delete_file(parent, PurePosixPath(record.name, path), result)
+        _delete_file(parent, PurePosixPath(record.name, path), changed, result)
     for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
         whole = PurePosixPath(record.name, folder)
         with _opened(parent, whole.parent) as above:
@@ -97,14 +98,15 @@ def _delete_folder(parent: int, record: WrittenFolder, result: Deleted) -> None:
                 _rmdir(above, whole.name)
 
 
-def _delete_file(root: int, path: PurePosixPath, result: Deleted) -> None:
+def _delete_file(root: int, path: PurePosixPath, changed: int, result: Deleted) -> None:
     with _opened(root, path.parent) as folder:
         if folder is None:
             return
         try:
             status = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
-            if not stat.S_ISREG(status.st_mode):
-                return  # no run of ours writes links or devices: somebody else's
+            # No run of ours writes links or devices, and none changes what it has written.
+            if not stat.S_ISREG(status.st_mode) or status.st_mtime_ns != changed:
+                return
             os.unlink(path.name, dir_fd=folder)
         except FileNotFoundError:  # pruned by save_total_limit, or by hand
             return

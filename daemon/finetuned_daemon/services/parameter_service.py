@@ -65,8 +65,6 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
             complete=not request.allow_unfinished,
             task=asked.task,
         )
-        if any(v.field == "device" for v in judgement.violations):
-            raise InvalidRequest([v for v in judgement.violations if v.field == "device"])
         violations = judgement.violations
         if not judgement.errors:
             violations = await self._planner.with_plan(judgement, asked.training_type)
@@ -100,15 +98,27 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
         if request.task:
             task = self._manager.get(request.task)
             given = merged(task.parameters, given)
+            if training_type not in (None, task.training_type):
+                raise InvalidRequest([_other_type("task", task.training_type)])
             training_type = task.training_type
             device = device or task.device
         elif request.template:
             template = self._templates.get(request.template)
             given = merged(template.parameters, given)
-            training_type = training_type or template.training_type
+            if training_type not in (None, template.training_type):
+                raise InvalidRequest([_other_type("template", template.training_type)])
+            training_type = template.training_type
         if training_type is None:
             raise InvalidRequest([_no_type()])
         return _Asked(training_type, given, device, task)
+
+
+def _other_type(field: str, training_type: TrainingType) -> Violation:
+    kind = training_type.lower()
+    text = Text(
+        f"is for {kind}, not for the training type given", f"用于 {kind}，与所给训练类型不符"
+    )
+    return Violation(field, text, f"{field.upper()}_OF_OTHER_TYPE")
 
 
 def _no_type() -> Violation:

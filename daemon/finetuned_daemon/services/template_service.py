@@ -7,7 +7,7 @@ from typing import Any
 from grpc import aio
 
 from finetuned.v1 import template_service_pb2, template_service_pb2_grpc
-from finetuned_daemon.errors import InvalidRequest
+from finetuned_daemon.errors import InvalidRequest, Violation
 from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.services import convert
@@ -15,6 +15,7 @@ from finetuned_daemon.services.paging import check_page_size, page_token
 from finetuned_daemon.services.repeats import request_id
 from finetuned_daemon.template_manager import NewTemplate, TemplateManager
 from finetuned_daemon.templates import Template
+from finetuned_daemon.texts import Text
 
 _Context = aio.ServicerContext[Any, Any]
 
@@ -56,11 +57,16 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
     ) -> template_service_pb2.ListTemplatesResponse:
         violations = check_page_size(request.page_size)
         start = page_token(request.page_token, violations)
+        training_type = convert.training_type(request.training_type)
+        if request.training_type and training_type is None:
+            text = Text(
+                f"{request.training_type} is no training type",
+                f"没有训练类型 {request.training_type}",
+            )
+            violations.append(Violation("training_type", text, "NOT_A_CHOICE"))
         if violations:
             raise InvalidRequest(violations)
-        templates = self._templates.list(
-            convert.training_type(request.training_type), request.display_name
-        )
+        templates = self._templates.list(training_type, request.display_name)
         end = start + (request.page_size or 100)
         return template_service_pb2.ListTemplatesResponse(
             templates=[convert.template(template) for template in templates[start:end]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
@@ -118,6 +119,15 @@ class Records:
             f"{folder}0",  # "0" follows "/"
         )
         return [row["task_id"] for row in rows]
+
+    def task_with_output(self, folders: Sequence[str]) -> str:
+        """Id of a task one of whose runs has one of these as its output folder; empty: none."""
+        row = self._database.query_one(
+            "SELECT tasks.task_id FROM runs JOIN tasks ON tasks.key = task_key "
+            "WHERE runs.output_dir IN (SELECT value FROM json_each(?)) LIMIT 1",
+            json.dumps(folders),
+        )
+        return row["task_id"] if row else ""
 
     def speed(self, *, model_path: str, training_type: TrainingType, device: str) -> list[Run]:
         """The latest completed runs of a device that measured a speed, newest first."""

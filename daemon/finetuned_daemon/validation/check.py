@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -109,6 +111,22 @@ def _check_required(parameters: Parameters, named: set[str]) -> list[Violation]:
 # --- sentences for pydantic's errors
 
 
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
+_shown = _SHOWN.repr
+
+_OFF = ("no", "off", "none", "never", "false")
+
+
+def _nearest(given: object, choices: list[str], default: str) -> str:
+    """The choice that was meant, where that can be told; else the default."""
+    word = str(given).strip().lower()
+    if word in _OFF and "no" in choices:
+        return "no"
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.75)
+    return found[0] if found else default
+
+
 _KINDS = {
     "bool_type": Text("true or false", "true 或 false"),
     "int_type": Text("a whole number", "整数"),
@@ -131,10 +149,12 @@ def _violation(detail: ErrorDetails) -> Violation:
     if kind == "literal_error":
         choices = [str(choice) for choice in get_args(info.annotation)]
         text = Text(
-            f"must be one of {', '.join(choices)}, not {given!r}",
-            f"必须是 {'、'.join(choices)} 之一，而不是 {given!r}",
+            f"must be one of {', '.join(choices)}, not {_shown(given)}",
+            f"必须是 {'、'.join(choices)} 之一，而不是 {_shown(given)}",
         )
-        return Violation(field, text, "NOT_A_CHOICE", suggested=str(info.get_default()))
+        return Violation(
+            field, text, "NOT_A_CHOICE", suggested=_nearest(given, choices, info.get_default())
+        )
     if kind == "too_short":
         text = Text("must name at least one", "至少选择一个")
     elif kind == "too_long":
@@ -155,6 +175,9 @@ def _violation(detail: ErrorDetails) -> Violation:
             suggested = low if kind == "greater_than_equal" else high
     else:
         wanted = _KINDS.get(kind, Text(str(detail["msg"]), str(detail["msg"])))
-        text = Text(f"must be {wanted.en}, not {given!r}", f"必须是{wanted.zh}，而不是 {given!r}")
+        text = Text(
+            f"must be {wanted.en}, not {_shown(given)}",
+            f"必须是{wanted.zh}，而不是 {_shown(given)}",
+        )
         return Violation(field, text, "WRONG_TYPE")
     return Violation(field, text, "OUT_OF_RANGE", suggested=suggested)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,13 @@ from pydantic import ValidationError
 
 from finetuned_daemon.errors import Severity, Violation
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.planning.model_files import ModelFiles, ModelUnreadable, read_tensors
+from finetuned_daemon.parameters.needs import effective_optimizer
+from finetuned_daemon.planning.model_files import (
+    ModelFiles,
+    ModelUnreadable,
+    lora_target_names,
+    read_tensors,
+)
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.runs.manifest import MANIFEST, STATE_FILES, Manifest
 from finetuned_daemon.texts import Text
@@ -34,7 +42,7 @@ def check_checkpoint(
     trains_lora = training_type is TrainingType.SFT and p.lora.use_lora
     if trains_lora and p.data.attach_lora:
         # It gives the weights; nothing else of it counts.
-        yield from check_adapter(_FIELD, folder)
+        yield from check_adapter(_FIELD, folder, p, model)
         return
     lacking = _what_lacks(folder)
     if lacking:
@@ -47,12 +55,18 @@ def check_checkpoint(
             "NOT_A_CHECKPOINT",
         )
         return
-    yield from _check_shape(p, folder, model, trains_lora=trains_lora)
+    is_sft = training_type is TrainingType.SFT
+    yield from _check_shape(p, folder, model, trains_lora=trains_lora, is_sft=is_sft)
+    yield from _check_progress(p, folder)
 
 
-def check_adapter(field: str, folder: Path) -> Iterator[Violation]:
+def check_adapter(
+    field: str, folder: Path, p: Parameters, model: ModelFiles | None
+) -> Iterator[Violation]:
     """A folder with LoRA weights to attach."""
     if (folder / _ADAPTER_CONFIG).is_file() and (folder / _ADAPTER_WEIGHTS).is_file():
+        made = read_json(folder / _ADAPTER_CONFIG)
+        yield from _check_base(field, p, made if isinstance(made, dict) else {}, folder, model)
         return
     names = f"{_ADAPTER_CONFIG}, {_ADAPTER_WEIGHTS}"
     yield Violation(
@@ -67,7 +81,7 @@ def check_adapter(field: str, folder: Path) -> Iterator[Violation]:
     )
 
 
-def check_peft_config(text: str) -> Iterator[Violation]:
+def check_peft_config(text: str, model: ModelFiles | None) -> Iterator[Violation]:
     """A PEFT configuration of the LoRA family."""
     field = "lora.peft_config_path"
     found = check_file(field, text)
@@ -84,8 +98,71 @@ def check_peft_config(text: str) -> Iterator[Violation]:
             f"{text} 是 {kind!r} 的配置，而不是 LORA",
         )
     else:
-        return
+        wrong = _wrong_settings(values)
+        if not wrong:
+            yield from _check_target_names(field, values, model)
+            return
+        names = ", ".join(wrong)
+        sentence = Text(
+            f"{text} can't be used: {names} is not what LoRA takes",
+            f"无法使用 {text}：{names} 不是 LoRA 可用的值",
+        )
     yield Violation(field, sentence, "BAD_PEFT_CONFIG")
+
+
+def _wrong_settings(values: dict[str, Any]) -> list[str]:
+    """Names of settings with values that no LoRA can have."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    checks: dict[str, Callable[[Any], bool]] = {
+        "r": lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+        "lora_alpha": lambda v: is_number(v) and math.isfinite(v) and v > 0,
+        "lora_dropout": lambda v: is_number(v) and 0 <= v < 1,
+        "bias": lambda v: v in ("none", "all", "lora_only"),
+        "target_modules": lambda v: v is None or _names_modules(v),
+        "exclude_modules": lambda v: v is None or _names_modules(v),
+        "rank_pattern": lambda v: (
+            v is None
+            or (
+                isinstance(v, dict)
+                and all(_is_pattern(k) and type(r) is int and r >= 1 for k, r in v.items())
+            )
+        ),
+    }
+    return [name for name, check in checks.items() if name in values and not check(values[name])]
+
+
+def _names_modules(value: Any) -> bool:
+    if isinstance(value, str):
+        return _is_pattern(value)
+    return isinstance(value, list) and bool(value) and all(isinstance(n, str) for n in value)
+
+
+def _is_pattern(text: Any) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _check_target_names(
+    field: str, values: dict[str, Any], model: ModelFiles | None
+) -> Iterator[Violation]:
+    targets = values.get("target_modules")
+    if model is None or not model.modules or not isinstance(targets, list):
+        return
+    there = lora_target_names(model)
+    missing = [name for name in targets if name.rpartition(".")[2] not in there]
+    if missing:
+        names, known = ", ".join(missing), ", ".join(there)
+        sentence = Text(
+            f"the model has no module {names}; it has {known}",
+            f"模型中没有模块 {names}；可用的有 {known}",
+        )
+        yield Violation(field, sentence, "TARGET_MODULE_MISSING")
 
 
 def _what_lacks(folder: Path) -> Text | None:
@@ -115,7 +192,7 @@ def _what_lacks(folder: Path) -> Text | None:
 
 
 def _check_shape(
-    p: Parameters, folder: Path, model: ModelFiles | None, *, trains_lora: bool
+    p: Parameters, folder: Path, model: ModelFiles | None, *, trains_lora: bool, is_sft: bool
 ) -> Iterator[Violation]:
     """LoRA shape and model of a whole checkpoint."""
     has_lora = (folder / _ADAPTER_WEIGHTS).is_file()
@@ -131,8 +208,8 @@ def _check_shape(
                 else "保存的是 LoRA 权重，而本任务训练全部权重",
             ),
             "CHECKPOINT_OF_OTHER_LORA",
-            suggested=has_lora,
-            suggested_field="lora.use_lora",
+            suggested=has_lora if is_sft else None,
+            suggested_field="lora.use_lora" if is_sft else "",
         )
         return
     if not trains_lora:
@@ -146,7 +223,40 @@ def _check_shape(
         return
     if not p.lora.peft_config_path:
         yield from _check_lora(p, made)
-    yield from _check_base(p, made, folder, model)
+    yield from _check_base(_FIELD, p, made, folder, model)
+
+
+def _check_progress(p: Parameters, folder: Path) -> Iterator[Violation]:
+    """The optimizer that the checkpoint is of, and whether anything is left to do."""
+    manifest = Manifest.model_validate(read_json(folder / MANIFEST))
+    optimizer = effective_optimizer(p)
+    if manifest.optimizer and manifest.optimizer != optimizer:
+        yield Violation(
+            _FIELD,
+            Text(
+                f"was made with the optimizer {manifest.optimizer}, whose state {optimizer} can't "
+                "take over",
+                f"是以优化器 {manifest.optimizer} 训练的，{optimizer} 无法接续其状态",
+            ),
+            "CHECKPOINT_OF_OTHER_OPTIMIZER",
+            suggested=manifest.optimizer,
+            suggested_field="training.optimizer",
+        )
+    if 0 < p.training.max_steps <= manifest.step:
+        yield nothing_left(manifest.step, p.training.max_steps)
+
+
+def nothing_left(step: int, total_steps: int) -> Violation:
+    """The run to resume is over already."""
+    return Violation(
+        _FIELD,
+        Text(
+            f"is of step {step}, and the run ends at step {total_steps}: nothing is left to train",
+            f"位于第 {step} 步，而训练在第 {total_steps} 步结束：没有剩余的训练",
+        ),
+        "NOTHING_LEFT_TO_TRAIN",
+        Severity.WARNING,
+    )
 
 
 def _check_lora(p: Parameters, made: dict[str, Any]) -> Iterator[Violation]:
@@ -176,22 +286,24 @@ def _check_lora(p: Parameters, made: dict[str, Any]) -> Iterator[Violation]:
 
 
 def _check_base(
-    p: Parameters, made: dict[str, Any], folder: Path, model: ModelFiles | None
+    field: str, p: Parameters, made: dict[str, Any], folder: Path, model: ModelFiles | None
 ) -> Iterator[Violation]:
     """Whether the adapter's matrices have the widths of the model's."""
     if model is not None and model.tensors:
         try:
             adapter = read_tensors(folder / _ADAPTER_WEIGHTS)
         except ModelUnreadable as error:
-            yield Violation(_FIELD, error.text, "NOT_A_CHECKPOINT")
+            yield Violation(field, error.text, "NOT_A_CHECKPOINT")
             return
         for name, tensor in adapter.items():
             head, mark, _ = name.partition(".lora_A.")
             base = model.tensors.get(f"{head.removeprefix('base_model.model.')}.weight")
             if mark and base and len(base.shape) == 2 and tensor.shape[-1] not in base.shape:
-                yield _of_other_model(str(made.get("base_model_name_or_path") or ""))
+                yield _of_other_model(field, str(made.get("base_model_name_or_path") or ""))
                 return
     there, here = made.get("base_model_name_or_path"), p.data.model_path
+    if here and (Path(here) / _ADAPTER_CONFIG).is_file():
+        return  # the folder of the LoRA weights themselves
     if isinstance(there, str) and there and here and Path(there) != Path(here):
         sentence = Text(
             f"was made with the model in {there}; go on with the same weights, or the result is "
@@ -199,7 +311,7 @@ def _check_base(
             f"是以 {there} 中的模型训练的；请使用相同的权重继续，否则结果没有意义",
         )
         yield Violation(
-            _FIELD,
+            field,
             sentence,
             "CHECKPOINT_OF_OTHER_PATH",
             # The same model may have been moved.
@@ -223,12 +335,12 @@ def _check_full_model(folder: Path, model: ModelFiles) -> Iterator[Violation]:
     if model.tensors and (
         not common or any(shapes[name] != model.tensors[name].shape for name in common)
     ):
-        yield _of_other_model("")
+        yield _of_other_model(_FIELD, "")
 
 
-def _of_other_model(name: str) -> Violation:
+def _of_other_model(field: str, name: str) -> Violation:
     return Violation(
-        _FIELD,
+        field,
         Text(
             f"was made with another model{f' ({name})' if name else ''}: its weights don't fit",
             f"是以另一个模型{f'（{name}）' if name else ''}训练的：权重形状不符",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetuned_daemon.devices import Device, choose_device, list_devices
 from finetuned_daemon.environment.environment import Environment
@@ -70,12 +71,21 @@ class Judge:
             device=chosen.id,
             capability=self._environment.capability(chosen),
             model_types=self._environment.model_types(),
+            output_within=self._within_results(resolved.data.output_dir),
             output_owner=self._other_owner(resolved.data.output_dir, task),
         )
         parameters, found = await asyncio.to_thread(
             check, given, training_type, surroundings, complete=complete
         )
         return Judgement(parameters, resolved, by_severity([*violations, *found]), chosen)
+
+    def _within_results(self, output_dir: str | None) -> str:
+        """Resource name of a task in one of whose runs' folders an output folder lies."""
+        if not output_dir:
+            return ""
+        path = Path(output_dir)
+        task_id = self._records.task_with_output([str(p) for p in (path, *path.parents)])
+        return f"tasks/{task_id}" if task_id else ""
 
     def _other_owner(self, output_dir: str | None, task: Task | None) -> str:
         """Resource name of another task with results in an output folder; empty: there is none."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import reprlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,12 @@ _WANTED = Text(
     "training needs a folder in Hugging Face format, with config.json and safetensors",
     "训练需要 Hugging Face 格式的目录，包含 config.json 和 safetensors 权重",
 )
+_PROJECTS_EMBEDDINGS = ("opt", "albert", "electra")
+"""Their embeddings may have another width than their layers."""
+_LAYER = re.compile(
+    r"(?:model\.|transformer\.|gpt_neox\.)?(?:decoder\.)?(?:layers|h|blocks)\.(\d+)\."
+)
+_brief = reprlib.repr
 _SHORTEST = 128
 """Least `training.max_seq_length`."""
 
@@ -75,6 +84,7 @@ def check_model(
         )
         yield Violation(_FIELD, sentence, "MODEL_WITHOUT_SAFETENSORS", Severity.WARNING)
     yield from _check_architecture(config, surroundings)
+    yield from _check_shapes(config, model)
     yield from _check_length(p, model)
     if training_type is TrainingType.SFT and p.lora.use_lora and model.modules:
         yield from _check_targets(p, model)
@@ -135,6 +145,13 @@ def _gguf(en: str, zh: str) -> Violation:
 
 def _check_architecture(config: dict[str, Any], surroundings: Surroundings) -> Iterator[Violation]:
     kind, known = config.get("model_type"), surroundings.model_types
+    if not isinstance(kind, str):
+        sentence = Text(
+            f"its config.json names no model_type, but {_brief(kind)}",
+            f"其 config.json 中的 model_type 不是名称，而是 {_brief(kind)}",
+        )
+        yield Violation(_FIELD, sentence, "MODEL_TYPE_UNKNOWN")
+        return
     is_known = None if known is None else kind in known
     if is_known is False:
         own = bool(config.get("auto_map"))
@@ -152,6 +169,39 @@ def _check_architecture(config: dict[str, Any], surroundings: Surroundings) -> I
             "其目录自带代码（auto_map），不会被运行；将使用 transformers 自带的实现",
         )
         yield Violation(_FIELD, sentence, "MODEL_CODE_NOT_RUN", Severity.WARNING)
+
+
+def _check_shapes(config: dict[str, Any], model: ModelFiles) -> Iterator[Violation]:
+    """Whether config.json speaks of the weights that are there."""
+    wrong = list[tuple[str, int, int]]()
+    words, width = model.modules.get(model.input_embedding, (0, 0))
+    if words and model.model_type not in _PROJECTS_EMBEDDINGS:
+        wrong += [
+            ("vocab_size", model.vocab_size, words),
+            ("hidden_size", model.hidden_size, width),
+        ]
+    layers = {int(match[1]) for name in model.tensors if (match := _LAYER.match(name))}
+    if layers and model.layers > max(layers) + 1:
+        wrong.append(("num_hidden_layers", model.layers, max(layers) + 1))
+    differing = [(name, says, is_) for name, says, is_ in wrong if says != is_]
+    if differing:
+        en = ", ".join(f"{name} {says}, the weights {is_}" for name, says, is_ in differing)
+        zh = "，".join(f"{name} 为 {says}，权重为 {is_}" for name, says, is_ in differing)
+        sentence = Text(
+            f"config.json and the weights don't belong together: it says {en}",
+            f"config.json 与权重不符：其中 {zh}",
+        )
+        yield Violation(_FIELD, sentence, "MODEL_CONTRADICTS_ITSELF")
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        if method != "bitsandbytes":
+            sentence = Text(
+                f"its weights are quantized ({_brief(method)}), which is for inference; get the "
+                "model in its original precision",
+                f"其权重已量化（{_brief(method)}），只能用于推理；请获取原始精度的模型",
+            )
+            yield Violation(_FIELD, sentence, "MODEL_IS_QUANTIZED")
 
 
 def _check_length(p: Parameters, model: ModelFiles) -> Iterator[Violation]:
@@ -207,6 +257,12 @@ def check_tokenizer(field: str, text: str, training_type: TrainingType) -> Itera
             f"{text} 中没有分词器（tokenizer.json）；请用 data.tokenizer_path 指定其目录",
         )
         yield Violation(field, sentence, "TOKENIZER_NOT_FOUND")
+    elif broken := _broken_file(path):
+        sentence = Text(
+            f"{broken} in {text} can't be read; get the tokenizer's files again",
+            f"无法读取 {text} 中的 {broken}；请重新获取分词器文件",
+        )
+        yield Violation(field, sentence, "TOKENIZER_UNUSABLE")
     elif training_type is TrainingType.SFT and not _has_chat_template(path):
         sentence = Text(
             f"the tokenizer in {text} has no chat template (chat_template.jinja), which "
@@ -217,8 +273,27 @@ def check_tokenizer(field: str, text: str, training_type: TrainingType) -> Itera
         yield Violation(field, sentence, "CHAT_TEMPLATE_MISSING")
 
 
+def _broken_file(path: Path) -> str:
+    """Name of a tokenizer's file that is not what it should be; empty: all are."""
+    for name, key in (("tokenizer.json", "model"), ("tokenizer_config.json", "")):
+        file = path / name
+        if file.is_file():
+            status = file.stat()
+            if not _is_object(file, key, status.st_size, status.st_mtime_ns):
+                return name
+    return ""
+
+
+@functools.lru_cache(64)
+def _is_object(file: Path, key: str, _size: int, _changed: int) -> bool:
+    """Whether a file is a JSON object with a key; size and time are those it is remembered for."""
+    content = read_json(file)
+    return isinstance(content, dict) and (not key or key in content)
+
+
 def _has_chat_template(path: Path) -> bool:
-    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
+    jinja = path / "chat_template.jinja"
+    if (jinja.is_file() and jinja.stat().st_size) or (path / "chat_template.json").is_file():
         return True
     config = read_json(path / "tokenizer_config.json")
     return isinstance(config, dict) and bool(config.get("chat_template"))

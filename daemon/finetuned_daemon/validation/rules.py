@@ -50,6 +50,16 @@ def _check_precision(p: Parameters) -> Iterator[Violation]:
 
 def _check_evaluation(p: Parameters) -> Iterator[Violation]:
     data, training = p.data, p.training
+    if data.eval_file and data.eval_file == data.train_file:
+        yield Violation(
+            "data.eval_file",
+            Text(
+                "is the training data itself: its loss says nothing about anything else",
+                "就是训练数据本身：其损失无法说明任何泛化能力",
+            ),
+            "EVALUATION_ON_TRAINING_DATA",
+            Severity.WARNING,
+        )
     has_data = bool(data.eval_file or data.eval_ratio)
     if data.eval_file and data.eval_ratio:
         yield Violation(
@@ -131,9 +141,9 @@ def check_warmup(training: TrainingParameters, total_steps: int) -> Iterator[Vio
     yield Violation(
         "training.warmup_steps",
         Text(
-            f"the warm-up is as long as the run ({warmup_steps} of {total_steps} steps): the "
-            "learning rate is never reached, or only at the end",
-            f"预热与整个训练一样长（{warmup_steps} / {total_steps} 步）："
+            f"the warm-up takes {warmup_steps} steps and the run {total_steps}: the learning rate "
+            "is never reached, or only at the end",
+            f"预热需要 {warmup_steps} 步，而训练共 {total_steps} 步："
             "学习率始终达不到设定值，或到最后才达到",
         ),
         "WARMUP_LONGER_THAN_RUN",
@@ -142,8 +152,32 @@ def check_warmup(training: TrainingParameters, total_steps: int) -> Iterator[Vio
     )
 
 
+def check_evaluations(training: TrainingParameters, total_steps: int) -> Iterator[Violation]:
+    """Whether a run of so many steps is ever evaluated."""
+    if training.eval_strategy != "steps" or training.eval_steps <= total_steps:
+        return
+    yield Violation(
+        "training.eval_steps",
+        Text(
+            f"the run has {total_steps} steps: it is evaluated at its end alone",
+            f"训练共 {total_steps} 步：只会在结束时评估一次",
+        ),
+        "EVALUATION_AT_END_ONLY",
+        Severity.WARNING,
+        suggested=max(1, total_steps // 5),
+    )
+
+
 def _check_lora(p: Parameters, training_type: TrainingType) -> Iterator[Violation]:
     is_sft = training_type is TrainingType.SFT
+    if is_sft and p.lora.use_lora and p.lora.lora_dropout == 1:
+        yield Violation(
+            "lora.lora_dropout",
+            Text("leaves out everything: nothing is learned", "会丢弃全部输入：学不到任何内容"),
+            "NOTHING_TO_LEARN",
+            Severity.WARNING,
+            suggested=0.05,
+        )
     if p.optimization.use_qlora and not (is_sft and p.lora.use_lora):
         yield Violation(
             "optimization.use_qlora",

@@ -22,5 +22,7 @@ class Surroundings:
     """What that device can do."""
     model_types: frozenset[str] | None = None
     """`model_type`s that the training environment knows; None: it was not asked yet."""
+    output_within: str = ""
+    """A task in one of whose runs' folders the output folder lies, by its name; empty: none."""
     output_owner: str = ""
     """Another task whose results are in the output folder, by its name; empty: there is none."""

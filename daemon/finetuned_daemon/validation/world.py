@@ -22,7 +22,7 @@ from finetuned_daemon.validation.checkpoint import (
 )
 from finetuned_daemon.validation.model import check_model, check_tokenizer
 from finetuned_daemon.validation.paths import check_file, check_path, unusable
-from finetuned_daemon.validation.rules import check_warmup
+from finetuned_daemon.validation.rules import check_evaluations, check_warmup
 from finetuned_daemon.validation.surroundings import Surroundings
 
 _BAD_LINES_NAMED = 5
@@ -54,11 +54,11 @@ def check_world(
     if data.resume_from_checkpoint:
         yield from check_checkpoint(parameters, training_type, model)
     elif data.attach_lora and data.model_path and _trains_lora(parameters, training_type):
-        yield from check_adapter("data.attach_lora", Path(data.model_path))
+        yield from check_adapter("data.attach_lora", Path(data.model_path), parameters, model)
     # Attached weights bring a configuration of their own: nobody reads the file then.
     reads_peft_config = _trains_lora(parameters, training_type) and not data.attach_lora
     if parameters.lora.peft_config_path and reads_peft_config:
-        yield from check_peft_config(parameters.lora.peft_config_path)
+        yield from check_peft_config(parameters.lora.peft_config_path, model)
     # Chats are samples. How many blocks documents make takes a tokenizer: an estimate knows.
     if train is not None and training_type is TrainingType.SFT:
         yield from _check_counts(parameters, train.samples)
@@ -131,6 +131,8 @@ def _check_counts(p: Parameters, samples: int) -> Iterator[Violation]:
     total = plan_schedule(training, samples, evaluates=evaluates).total_steps
     if training.max_steps <= 0:
         yield from check_warmup(training, total)
+    if evaluates:
+        yield from check_evaluations(training, total)
 
 
 # --- output
@@ -169,6 +171,13 @@ def _check_output(p: Parameters, surroundings: Surroundings) -> Iterator[Violati
                 sentence = Text("must not lie in the model's folder", "不能位于模型目录内")
                 yield Violation(field, sentence, "OUTPUT_IN_MODEL_FOLDER")
                 return
+        if surroundings.output_within:
+            sentence = Text(
+                f"lies in the results of a run of {surroundings.output_within}",
+                f"位于 {surroundings.output_within} 某次运行的结果目录内",
+            )
+            yield Violation(field, sentence, "OUTPUT_IN_RESULTS")
+            return
         owner = surroundings.output_owner
         if owner:
             # Each run has a folder of its own in there, so that nothing is overwritten.
@@ -177,7 +186,12 @@ def _check_output(p: Parameters, surroundings: Surroundings) -> Iterator[Violati
                 f"已包含 {owner} 的结果；本任务的结果将与其并列存放",
             )
             yield Violation(field, sentence, "OUTPUT_OF_ANOTHER_TASK", Severity.WARNING)
-        free = shutil.disk_usage(nearest).free
+        usage = shutil.disk_usage(nearest)
+        if not usage.total:  # such as /proc: nothing can be made there
+            sentence = Text(f"nothing can be written in {nearest}", f"{nearest} 中无法写入")
+            yield Violation(field, sentence, "NOT_WRITABLE")
+            return
+        free = usage.free
     except RuntimeError as error:  # a loop of links
         yield unusable(field, text, OSError(str(error)))
         return
