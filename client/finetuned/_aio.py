@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ import grpc.aio
 
 from finetuned import _calls, _prepare, _silence
 from finetuned._calls import Call, Steps, T
+from finetuned._client import Client
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
 from finetuned._launch import start_daemon
@@ -141,10 +143,10 @@ class AsyncClient:
         return await self._run(_calls.get_task(name))
 
     async def list_tasks(
-        self, states: Iterable[str | TaskState.ValueType] = ()
+        self, states: str | TaskState.ValueType | Iterable[str | TaskState.ValueType] = ()
     ) -> AsyncIterator[Task]:
         """As `Client.list_tasks`."""
-        states = tuple(states)
+        states = _calls.items(states)
         token = ""
         while True:
             page = await self._run(_calls.list_tasks_page(states, token))
@@ -161,7 +163,7 @@ class AsyncClient:
         *,
         display_name: str | None = None,
         device: str | None = None,
-        reset: Iterable[str] = (),
+        reset: str | Iterable[str] = (),
         update_template: bool = False,
         validate_only: bool = False,
         etag: str = "",
@@ -348,7 +350,7 @@ class AsyncClient:
         parameters: Mapping[str, Any] | Parameters | None = None,
         *,
         display_name: str | None = None,
-        reset: Iterable[str] = (),
+        reset: str | Iterable[str] = (),
         etag: str = "",
     ) -> Template:
         """As `Client.update_template`."""
@@ -364,10 +366,10 @@ class AsyncClient:
 
     async def inspect_dataset(
         self,
-        path: str,
+        path: str | PathLike[str],
         training_type: str | TrainingType.ValueType = "sft",
         *,
-        tokenizer_path: str = "",
+        tokenizer_path: str | PathLike[str] = "",
         max_seq_length: int = 0,
         bad_line_policy: str | BadLinePolicy.ValueType = "fail",
         max_rendered_samples: int | None = None,
@@ -471,3 +473,13 @@ class AsyncClient:
                 self._stubs = stubs(channel)
                 self._session.endpoint = endpoint
             return endpoint
+
+
+def _describe() -> None:
+    """Gives the methods `Client`'s descriptions, for `help()` and editors."""
+    for name, method in vars(AsyncClient).items():
+        if not name.startswith("_"):
+            method.__doc__ = getattr(Client, name).__doc__
+
+
+_describe()

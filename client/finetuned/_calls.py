@@ -45,6 +45,9 @@ DATASET_SERVICE = "DatasetService"
 READING_SECONDS = 120.0
 """For calls that read the whole training file."""
 
+ALL_PARAMETERS = "parameters"
+"""As what is to be reset: every parameter."""
+
 # Presets have shorter ids than the daemon takes for others.
 _TEMPLATE_ID = re.compile(r"[a-z][a-z0-9-]{2,62}")
 _TASK_ID = re.compile(r"[a-z][a-z0-9-]{3,62}")
@@ -162,21 +165,27 @@ def resolve_template(name: str) -> Steps[str]:
 
 
 def mask_of(
-    texts: Mapping[str, str | None], parameters: Iterable[str], reset: Iterable[str]
+    texts: Mapping[str, str | None], parameters: Iterable[str], reset: str | Iterable[str]
 ) -> FieldMask:
     """What an update changes: texts that are not None, the parameters given, those to reset.
 
     Raises:
         InvalidArgument: A path to reset names no parameter and no section.
     """
-    known = {*fields(), *SECTIONS}
-    to_reset = [path.removeprefix("parameters.") for path in reset]
+    known = {*fields(), *SECTIONS, ALL_PARAMETERS}
+    to_reset = [path.removeprefix("parameters.") for path in items(reset)]
     unknown = [path for path in to_reset if path not in known]
     if unknown:
         _refuse([FieldViolation(path, _no_parameter(path), UNKNOWN_FIELD) for path in unknown])
     paths = [name for name, text in texts.items() if text is not None]
-    paths += [f"parameters.{path}" for path in (*parameters, *to_reset)]
+    paths += [f"parameters.{path}" for path in (*parameters, *to_reset) if path != ALL_PARAMETERS]
+    paths += [ALL_PARAMETERS] if ALL_PARAMETERS in to_reset else []
     return FieldMask(paths=sorted(set(paths)))
+
+
+def items(one_or_more: str | int | Iterable[T]) -> tuple[Any, ...]:
+    """Each of these; a text or number that stands alone is one, not its letters."""
+    return (one_or_more,) if isinstance(one_or_more, str | int) else tuple(one_or_more)
 
 
 def list_tasks_page(
@@ -195,7 +204,7 @@ def update_task(
     parameters: Mapping[str, Any] | Parameters | None,
     display_name: str | None,
     device: str | None,
-    reset: Iterable[str],
+    reset: str | Iterable[str],
     update_template: bool,
     validate_only: bool,
     etag: str,

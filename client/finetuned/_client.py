@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
@@ -168,9 +169,11 @@ class Client(Caller):
         """
         return self._run(_calls.get_task(name))
 
-    def list_tasks(self, states: Iterable[str | TaskState.ValueType] = ()) -> Iterator[Task]:
+    def list_tasks(
+        self, states: str | TaskState.ValueType | Iterable[str | TaskState.ValueType] = ()
+    ) -> Iterator[Task]:
         """All tasks, newest first, page by page; only those in one of `states` if there are any."""
-        states = tuple(states)
+        states = _calls.items(states)
         token = ""
         while True:
             page = self._run(_calls.list_tasks_page(states, token))
@@ -186,7 +189,7 @@ class Client(Caller):
         *,
         display_name: str | None = None,
         device: str | None = None,
-        reset: Iterable[str] = (),
+        reset: str | Iterable[str] = (),
         update_template: bool = False,
         validate_only: bool = False,
         etag: str = "",
@@ -199,7 +202,7 @@ class Client(Caller):
             display_name: A new one. None: as it is.
             device: A new one; empty: the default. None: as it is.
             reset: Parameters or sections, such as `training.batch_size`, that go back to their
-                defaults unless `parameters` has them.
+                defaults unless `parameters` has them; `parameters`: all of them.
             update_template: Write the task's parameters into its custom template too.
             validate_only: Check and write nothing.
             etag: The task's `etag` when it was seen. Empty: whatever is there.
@@ -471,7 +474,7 @@ class Client(Caller):
         parameters: Mapping[str, Any] | Parameters | None = None,
         *,
         display_name: str | None = None,
-        reset: Iterable[str] = (),
+        reset: str | Iterable[str] = (),
         etag: str = "",
     ) -> Template:
         """Change a custom template; tasks made from it stay as they are. As `update_task`.
@@ -495,10 +498,10 @@ class Client(Caller):
 
     def inspect_dataset(
         self,
-        path: str,
+        path: str | PathLike[str],
         training_type: str | TrainingType.ValueType = "sft",
         *,
-        tokenizer_path: str = "",
+        tokenizer_path: str | PathLike[str] = "",
         max_seq_length: int = 0,
         bad_line_policy: str | BadLinePolicy.ValueType = "fail",
         max_rendered_samples: int | None = None,

@@ -23,10 +23,12 @@ def template_document(
         schema: Of its training type, to leave out what equals its default. None: everything.
 
     Returns:
-        `training_type`, `display_name`, and `parameters`: section to field to value.
+        `kind` (`template`), `training_type`, `display_name`, and `parameters`: section to field to
+        value.
     """
     word = TrainingType.Name(template.training_type).removeprefix("TRAINING_TYPE_").lower()
     return {
+        "kind": "template",
         "training_type": word,
         "display_name": template.display_name,
         "parameters": sections(differing(template.parameters, schema)),

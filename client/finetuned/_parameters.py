@@ -6,10 +6,13 @@ daemon's to judge, so that there is one set of rules.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -80,8 +83,15 @@ def convert(
     parameters = Parameters()
     violations: list[FieldViolation] = []
     known = fields()
-    for section, content in values.items():
-        if section not in SECTIONS:
+    # Whoever is not checked by types may give anything.
+    given = cast("object", values)
+    if not isinstance(given, Mapping):
+        return parameters, [_wrong("parameters", "sections with fields", given)]
+    for key, content in cast("Mapping[object, Any]", given).items():
+        section = str(key)
+        if section in known:
+            violations.append(_unsectioned(section))
+        elif section not in SECTIONS:
             violations.append(_unknown(section, content, known))
         elif content is None:
             continue
@@ -141,6 +151,14 @@ def no_field(section: str) -> FieldViolation:
     )
 
 
+def _unsectioned(path: str) -> FieldViolation:
+    """The violation of a key with the whole path, which is no key of its section."""
+    section, _, name = path.partition(".")
+    return FieldViolation(
+        path, f"stands outside its section: write {name} below {section}:", UNKNOWN_FIELD
+    )
+
+
 def _message(field: FieldDescriptor) -> Descriptor:
     assert field.message_type is not None, field.full_name
     return field.message_type
@@ -165,7 +183,7 @@ def _set(
         getattr(section, field.name).CopyFrom(StringList(values=items))
         return None
     kind = field.cpp_type
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = _is_number(value)
     if kind == FieldDescriptor.CPPTYPE_BOOL and not isinstance(value, bool):
         return _wrong(path, "true or false", value)
     if kind in _INTEGERS and not (is_number and value % 1 == 0):
@@ -179,16 +197,28 @@ def _set(
     if isinstance(value, str) and not is_utf8(value):
         return not_utf8(path)
     try:
-        setattr(section, field.name, int(value) if kind in _INTEGERS else value)
+        if kind in _INTEGERS:
+            value = int(value)
+        elif kind in _FLOATS:
+            value = float(value)
+        setattr(section, field.name, value)
     except (ValueError, OverflowError):  # beyond 32 bits: it can't even be sent
         return _wrong(path, "a value that fits", value)
     return None
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number, of numpy as well; Python's truth values are no numbers here."""
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def _parse(field: FieldDescriptor, text: str) -> Any:
     """The text as the field's type, or the text itself where it is none."""
     word = text.strip()
     if field.message_type is not None:
+        if word.startswith("["):
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(word)
         return [item.strip() for item in word.strip("[]").split(",") if item.strip()]
     if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
         return True if word.lower() in _TRUE else False if word.lower() in _FALSE else text

@@ -5,6 +5,7 @@ Generators of calls, as in `_calls`.
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -148,7 +149,7 @@ def update_template(
     name: str,
     parameters: Mapping[str, Any] | Parameters | None,
     display_name: str | None,
-    reset: Iterable[str],
+    reset: str | Iterable[str],
     etag: str,
 ) -> Steps[Template]:
     """UpdateTemplate."""
@@ -185,15 +186,16 @@ def delete_template(name: str, etag: str, allow_missing: bool) -> Steps[None]:
 
 
 def inspect_request(
-    path: str,
+    path: str | os.PathLike[str],
     training_type: str | TrainingType.ValueType,
-    tokenizer_path: str,
+    tokenizer_path: str | os.PathLike[str],
     max_seq_length: int,
     bad_line_policy: str | datasets.BadLinePolicy.ValueType,
     max_rendered_samples: int | None,
     max_samples: int,
 ) -> datasets.InspectDatasetRequest:
     """The request of InspectDataset."""
+    path, tokenizer_path = os.fspath(path), os.fspath(tokenizer_path)
     check_texts(path=path, tokenizer_path=tokenizer_path)
     return datasets.InspectDatasetRequest(
         path=path,

@@ -118,3 +118,15 @@ def on_terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Callabl
             if os.waitpid(terminal.pid, os.WNOHANG) == (0, 0):
                 os.kill(terminal.pid, signal.SIGKILL)
                 os.waitpid(terminal.pid, 0)
+
+
+@pytest.fixture
+def real(tmp_path: Path, environment: dict[str, str]) -> Iterator[Daemon]:
+    """A daemon of the user's own with the real runner and a quota."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    daemon = Daemon(folder, "--training-quota", "9", runner_module="finetuned_runner").start()
+    environment["FINETUNED_STATE_DIR"] = str(daemon.paths.state_dir)
+    environment["FINETUNED_RUNTIME_DIR"] = str(daemon.paths.runtime_dir)
+    yield daemon
+    daemon.close()

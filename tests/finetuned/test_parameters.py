@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +312,72 @@ def test_the_training_type_is_one_of_two() -> None:
     assert draft(Wish(training_type="SFT")).training_type == "sft"
     (violation,) = draft(Wish(training_type="sftt")).violations
     assert violation.field == "training_type"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.yaml", "training:\n  batch_size: 1\n  batch_size: 2\n", "line 2 and again in line 3"),
+        ("a.yaml", "training: {batch_size: 1}\nlora: {}\ntraining: {}\n", "in line 1 and again"),
+        ("a.yaml", "training: {batch_size: 1, batch_size: 2}\n", "'batch_size' in line 1"),
+        ("a.json", '{"training": {},\n "training": {}}', "in line 1 and again in line 2"),
+        ("a.json", '{\n\t"lora": {"lora_r": 1, "lora_r": 2}}', "names 'lora_r' twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(
+    tmp_path: Path, name: str, text: str, says: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(InvalidArgument, match=says) as caught:
+        read_file(file)
+    assert caught.value.reason == "DUPLICATE_KEY"
+
+
+def test_a_section_below_parameters_and_beside_it_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("type: sft\ntraining_type: pretrain\nlora: {}\nparameters: {lora: {}}\n")
+    violations = read_file(file).violations
+    assert [(v.field, v.reason) for v in violations] == [
+        ("lora", "DUPLICATE_KEY"),
+        ("training_type", "DUPLICATE_KEY"),
+    ]
+
+
+def test_a_path_as_a_key_is_told_its_section(tmp_path: Path) -> None:
+    _, violations = convert({"training.batch_size": 3})
+    assert [(v.field, v.description) for v in violations] == [
+        (
+            "training.batch_size",
+            "stands outside its section: write batch_size below training:",
+        )
+    ]
+    file = tmp_path / "a.yaml"
+    file.write_text("training.batch_size: 3\n")
+    assert draft(read_file(file)).violations == violations
+
+
+@pytest.mark.parametrize("given", [[1], "training", 3])
+def test_what_is_no_mapping_is_refused_with_a_sentence(given: Any) -> None:
+    with pytest.raises(InvalidArgument, match="must be sections with fields, not"):
+        from_mapping(given)
+
+
+def test_keys_that_are_no_texts_are_no_sections() -> None:
+    given: Any = {1: {}, "training": {2: 3}}
+    assert [v.field for v in convert(given)[1]] == ["1", "training.2"]
+
+
+def test_real_numbers_of_other_libraries_are_numbers() -> None:
+    given = {"training": {"batch_size": Fraction(4), "learning_rate": Fraction(1, 4)}}
+    parameters = from_mapping(given).training
+    assert (parameters.batch_size, parameters.learning_rate) == (4, 0.25)
+    assert convert({"training": {"batch_size": Fraction(1, 2)}})[1][0].reason == "WRONG_TYPE"
+
+
+@pytest.mark.parametrize("text", ['["q_proj", "v_proj"]', "[q_proj, v_proj]", "q_proj,v_proj"])
+def test_a_list_is_read_as_json_or_as_names_with_commas(text: str) -> None:
+    wish = Wish()
+    wish.set_all([f"lora.lora_target_modules={text}"])
+    plan = draft(wish)
+    assert list(plan.parameters.lora.lora_target_modules.values) == ["q_proj", "v_proj"]

@@ -40,3 +40,8 @@ def test_every_method_of_the_async_client_is_awaited_or_iterated(name: str) -> N
 def test_every_method_has_a_docstring(name: str) -> None:
     assert getattr(Client, name).__doc__
     assert getattr(AsyncClient, name).__doc__
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_described_in_full_in_both(name: str) -> None:
+    assert getattr(AsyncClient, name).__doc__ == getattr(Client, name).__doc__

@@ -18,6 +18,7 @@ from finetuned import (
     InvalidArgument,
     NotFound,
     ParameterViolation,
+    TaskState,
     TrainingType,
     template_document,
 )
@@ -170,15 +171,16 @@ async def test_a_templates_document_makes_the_same_template_again(client: Any) -
     made = await client.create_template("one", "sft", parameters)
     document = template_document(made, await client.parameter_schema("sft"))
     assert document == {
+        "kind": "template",
         "training_type": "sft",
         "display_name": "one",
         "parameters": parameters,
     }
-    again = await client.create_template(**(document | {"display_name": "two"}))
+    again = await client.create_template("two", "sft", document["parameters"])
     assert again.parameters == made.parameters
     whole = template_document(made)
     assert whole["parameters"]["training"]["num_train_epochs"] == 2
-    third = await client.create_template(**(whole | {"display_name": "three"}))
+    third = await client.create_template("three", "sft", whole["parameters"])
     assert third.parameters == made.parameters
 
 
@@ -277,7 +279,7 @@ async def test_an_inspection_ends_with_its_report(make: Make, real: Daemon, tmp_
     make_tokenizer(folder)
     items = await listed(
         client.inspect_dataset(
-            str(data), tokenizer_path=str(folder), max_seq_length=128, max_rendered_samples=2
+            data, tokenizer_path=folder, max_seq_length=128, max_rendered_samples=2
         )
     )
     *progress, report = items
@@ -290,3 +292,28 @@ async def test_an_inspection_ends_with_its_report(make: Make, real: Daemon, tmp_
     assert {violation.field for violation in refused.value.violations} == {"path", "max_seq_length"}
     with pytest.raises(InvalidArgument, match="must be one of fail, skip"):
         await listed(client.inspect_dataset(str(data), bad_line_policy="ignore"))
+
+
+async def test_a_text_that_stands_alone_is_one(client: Any, scene: Scene) -> None:
+    values = mapping(scene, batch_size=8, learning_rate=1e-5)
+    await client.create_task("sft", values, display_name="t")
+    assert [t.display_name for t in await listed(client.list_tasks("pending"))] == ["t"]
+    assert await listed(client.list_tasks("completed")) == []
+    pending = TaskState.TASK_STATE_PENDING
+    assert [t.display_name for t in await listed(client.list_tasks(pending))] == ["t"]
+    assert [t.display_name for t in await listed(client.list_tasks(["pending"]))] == ["t"]
+    task = await client.update_task("t", reset="training")
+    assert task.parameters.training.batch_size == 2
+    assert task.parameters.data.model_path == str(scene.model)
+
+
+async def test_all_parameters_of_a_template_can_be_reset(client: Any) -> None:
+    values = {"training": {"batch_size": 8}, "lora": {"lora_r": 4}}
+    await client.create_template("t", "sft", values)
+    template = await client.update_template(
+        "t", {"training": {"learning_rate": 1e-5}}, reset="parameters"
+    )
+    assert template.parameters.training.batch_size == 2
+    assert template.parameters.training.learning_rate == 1e-5
+    assert template.parameters.lora.lora_r == 16
+    assert template.display_name == "t"

@@ -23,7 +23,9 @@ app = typer.Typer(no_args_is_help=True, help="Training data.")
 
 _BAR_WIDTH = 40
 _BAD_LINES_SHOWN = 10
+_DEFAULT_TYPE = "sft"
 _DEFAULT_LENGTH = 512
+_DEFAULT_SAMPLES = 3
 
 
 @app.callback()
@@ -37,7 +39,7 @@ def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Training data: JSONL, or text.")],
     training_type: Annotated[
         str, typer.Option("--type", metavar="TYPE", help="sft (on chats) or pretrain (on text).")
-    ] = "sft",
+    ] = _DEFAULT_TYPE,
     model: Annotated[
         Path | None,
         typer.Option("--model", metavar="DIR", help="Model whose tokenizer counts tokens."),
@@ -54,7 +56,7 @@ def inspect(
     ] = False,
     samples: Annotated[
         int, typer.Option("--samples", metavar="N", help="Samples to show in full, 0 to 20.")
-    ] = 3,
+    ] = _DEFAULT_SAMPLES,
     as_json: JsonOption = False,
 ) -> None:
     """Read a whole data file as a run would, and show what is in it and what is learned of it.
@@ -82,7 +84,14 @@ def inspect(
         print_json(report)
     else:
         _show(report, max_seq_length)
-        _say_next(report, file, folder, skip_bad)
+        given = {
+            "--type": training_type if training_type != _DEFAULT_TYPE else "",
+            "--model": str(model or ""),
+            "--tokenizer": str(tokenizer or ""),
+            "--max-seq-length": "" if max_seq_length == _DEFAULT_LENGTH else str(max_seq_length),
+            "--samples": "" if samples == _DEFAULT_SAMPLES else str(samples),
+        }
+        _say_next(report, file, given, training_type, skip_bad)
     if not report.usable:
         raise typer.Exit(Exit.USAGE)
 
@@ -214,12 +223,14 @@ def _show_lengths(report: DatasetReport, max_seq_length: int) -> None:
             )
         ],
     )
-    most = max((entry.samples for entry in lengths.histogram), default=0)
-    labels = [f"{entry.start:,}-{max(entry.end - 1, entry.start):,}" for entry in lengths.histogram]
+    filled = [number for number, entry in enumerate(lengths.histogram) if entry.samples]
+    histogram = lengths.histogram[filled[0] : filled[-1] + 1] if filled else []
+    most = max((entry.samples for entry in histogram), default=0)
+    labels = [f"{entry.start:,}-{max(entry.end - 1, entry.start):,}" for entry in histogram]
     width = max(map(len, labels), default=0)
     dash = "╌" if is_encodable("╌") else "-"
     out = console()
-    for label, entry in zip(labels, lengths.histogram, strict=True):
+    for label, entry in zip(labels, histogram, strict=True):
         is_cut = report.cut_samples > 0 and entry.end > max_seq_length
         if is_cut and entry.start <= max_seq_length:
             line = f" cut at {max_seq_length:,} ".center(_BAR_WIDTH, dash)
@@ -255,14 +266,48 @@ def _has_colour(console: Console) -> bool:
     return console.color_system is not None and not console.no_color
 
 
-def _say_next(report: DatasetReport, file: Path, folder: Path | None, skip_bad: bool) -> None:
+def _say_next(
+    report: DatasetReport, file: Path, given: dict[str, str], training_type: str, skip_bad: bool
+) -> None:
+    """Say what to type next.
+
+    Args:
+        report: Of the file.
+        file: The file, as it was typed.
+        given: Options that were given, by name; empty values are left out.
+        training_type: What the file was read for.
+        skip_bad: Whether bad lines were skipped.
+    """
     import shlex
 
-    name = shlex.quote(str(file))
-    if not report.usable and report.bad_line_count and report.samples and not skip_bad:
-        say(f"look at the rest: finetunectl dataset inspect {name} --skip-bad")
-    elif report.usable and folder is None:
-        say(f"count tokens: finetunectl dataset inspect {name} --model DIR")
+    def command(*more: str, **changed: str) -> str:
+        options = given | {f"--{name}": value for name, value in changed.items()}
+        words = [word for name, value in options.items() if value for word in (name, value)]
+        words += ["--skip-bad"] if skip_bad else []
+        name = ["--", str(file)] if str(file).startswith("-") else [str(file)]
+        words = [*words, *more, *name] if len(name) > 1 else [*name, *words, *more]
+        return shlex.join(["finetunectl", "dataset", "inspect", *words])
+
+    other = _other_type(report, file, training_type)
+    if other == "pretrain":
+        say(f"these are texts, not chats; read them as such: {command(type=other)}")
+    elif other:
+        say(f"these are chats, not texts; read them as such: {command(type='')}")
+    elif not report.usable and report.bad_line_count and report.samples and not skip_bad:
+        say(f"look at the rest: {command('--skip-bad')}")
+    elif report.usable and not given["--model"] and not given["--tokenizer"]:
+        say(f"count tokens: {command('--model', 'DIR')}")
+
+
+def _other_type(report: DatasetReport, file: Path, training_type: str) -> str:
+    """The training type that the file is made for, where it is another; empty where it is not."""
+    if report.usable or report.samples:
+        return ""
+    reasons = {bad.reason for bad in report.bad_lines}
+    is_sft = training_type.lower().removeprefix("training_type_") == "sft"
+    if is_sft and (file.suffix.lower() == ".txt" or "TEXT_FOR_SFT" in reasons):
+        return "pretrain"
+    return "sft" if not is_sft and "CHAT_FOR_PRETRAINING" in reasons else ""
 
 
 def _one_line(text: str) -> str:

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetuned.cli.settings import Exit, JsonOption, TaskArgument, say, settings, task_command
+from finetuned.cli.settings import (
+    Exit,
+    JsonOption,
+    TaskArgument,
+    input_file,
+    no_terminal,
+    say,
+    settings,
+    task_command,
+    task_word,
+)
 from finetuned.cli.train import DeviceOption, NameOption, SetOption
 
 if TYPE_CHECKING:
@@ -38,6 +48,15 @@ def edit(
     ] = None,
     new_name: NameOption = None,
     device: DeviceOption = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "-f",
+            "--file",
+            metavar="FILE",
+            help="The parameters as in the editor: what is not in it goes back to its default.",
+        ),
+    ] = None,
     update_template: Annotated[
         bool, typer.Option("--update-template", help="Change the task's own template alike.")
     ] = False,
@@ -50,10 +69,18 @@ def edit(
     """
     from finetuned.cli.output import print_json
 
+    by_options = assignments or unset or new_name is not None or device is not None
+    if file is not None and by_options:
+        raise typer.BadParameter(
+            "stands for all parameters, so --set, --unset, --name and --device say nothing beside",
+            param_hint="--file",
+        )
     with settings(ctx).client() as client:
         task = client.get_task(name)
-        if assignments or unset or new_name is not None or device is not None:
-            changed: Task | None = _by_options(
+        if file is not None:
+            changed: Task | None = _apply(client, task, input_file(file) or file, update_template)
+        elif by_options:
+            changed = _by_options(
                 client, task, assignments or [], unset or [], new_name, device, update_template
             )
         else:
@@ -105,48 +132,70 @@ def _in_editor(client: Client, task: Task, update_template: bool) -> Task | None
     from finetuned._errors import FinetunedError, InvalidArgument
 
     if not sys.stdin.isatty():
-        say("error: there is no terminal for an editor")
-        say(f"say what to change: {task_command('edit', task, '--set', 'section.field=value')}")
-        raise typer.Exit(Exit.USAGE)
+        raise no_terminal(
+            "there is no terminal for an editor",
+            task_command("edit", task, "--set", "section.field=value"),
+        )
     head = _HEAD.format(name=task.display_name)
     before = _task_text(task)
     handle, where = tempfile.mkstemp(prefix="finetunectl-", suffix=".yaml")
     os.close(handle)
     path = Path(where)
-    text, remarks = before, ""
+    text, wrong = before, None
     while True:
-        shown = remarks + head + text
+        shown = (_remarks(wrong.violations, wrong.message) if wrong else "") + head + text
         path.write_text(shown, encoding="utf-8")
-        _open_editor(path)
-        typed = path.read_text(encoding="utf-8", errors="replace")
+        _open_editor(path, task, shown)
+        typed = _typed(path)
         text = _without_remarks(typed)
         if not text.strip() or text == before:
-            path.unlink()
+            path.unlink(missing_ok=True)
             return None
-        if remarks and typed == shown:
-            say(f"error: still wrong, and not changed any more; it is kept in {path}")
-            raise typer.Exit(Exit.USAGE)
+        if wrong and (typed == shown or not sys.stdin.isatty()):
+            _say_kept(task, path)
+            raise wrong
         try:
             changed = _apply(client, task, path, update_template)
         except InvalidArgument as error:
-            remarks = _remarks(error.violations, error.message)
+            wrong = error
         except FinetunedError:
-            say(f"what you typed is kept in {path}")
+            _say_kept(task, path)
             raise
         else:
             path.unlink()
             return changed
 
 
+def _say_kept(task: Task, path: Path) -> None:
+    say(f"what you typed is kept in {path}; when it is mended:")
+    say(task_command("edit", task, "--file", str(path)))
+
+
+def _typed(path: Path) -> str:
+    """What the editor left; nothing where it took the file away."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
 def _apply(client: Client, task: Task, path: Path, update_template: bool) -> Task:
     """Send what differs between the task and the file."""
+    from finetuned._errors import FieldViolation
     from finetuned._parameters import flatten
+    from finetuned.cli.output import type_word
     from finetuned.cli.params import draft, read_file, refused
 
     wish = read_file(path)
+    wish.for_task()
     plan = draft(wish, output_default=False)
-    if plan.violations:
-        raise refused(plan.violations)
+    violations = list(plan.violations)
+    old_type = type_word(task.training_type)
+    if wish.training_type is not None and plan.training_type != old_type:
+        why = f"is {old_type} in task {task_word(task)}, and can't become {plan.training_type}"
+        violations.append(FieldViolation("training_type", why, "IMMUTABLE"))
+    if violations:
+        raise refused(violations)
     old = _values(task)
     new = flatten(plan.parameters)
     changed: dict[str, dict[str, Any]] = {}
@@ -157,7 +206,10 @@ def _apply(client: Client, task: Task, path: Path, update_template: bool) -> Tas
     return client.update_task(
         task.name,
         changed,
-        display_name=plan.display_name if plan.display_name != task.display_name else None,
+        # A file that was not made here need not have the name.
+        display_name=plan.display_name
+        if plan.display_name not in ("", task.display_name)
+        else None,
         device=plan.device if plan.device != task.device else None,
         reset=[field_path for field_path in old if field_path not in new],
         update_template=update_template,
@@ -199,7 +251,7 @@ def _remarks(violations: list[FieldViolation], message: str) -> str:
     )
 
 
-def _open_editor(path: Path) -> None:
+def _open_editor(path: Path, task: Task, shown: str) -> None:
     import subprocess
 
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
@@ -208,8 +260,13 @@ def _open_editor(path: Path) -> None:
     except (OSError, ValueError) as error:
         path.unlink()
         say(f"error: the editor {editor!r} can't be run: {error}")
-        say("say which one: EDITOR=nano finetunectl task edit ...")
+        say(f"say which one: EDITOR=nano {task_command('edit', task)}")
         raise typer.Exit(Exit.FAILED) from error
-    if status:
-        say(f"error: the editor ended with status {status}; what it wrote is kept in {path}")
-        raise typer.Exit(Exit.FAILED)
+    if not status:
+        return
+    say(f"error: the editor ended with status {status}; the task is as it was")
+    if _typed(path) in ("", shown):
+        path.unlink(missing_ok=True)
+    else:
+        _say_kept(task, path)
+    raise typer.Exit(Exit.FAILED)

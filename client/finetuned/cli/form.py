@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     )
 
 _WIDE = 110
+"""From here on a terminal holds whole paths."""
+_WIDEST = 180
+"""From here on it holds whole values, too."""
 
 LanguageOption = Annotated[
     str | None,
@@ -131,24 +134,30 @@ def _show_sections(sections: Iterable[ParameterSection], folds: set[str], langua
     out = console()
     # The heading has the section's name; what is cut off can be seen with the field's own help.
     is_narrow = out.width < _WIDE
+    # Where lines are as long as they are, and where they hold it all, nothing is cut off.
+    is_cut = out.width < _WIDEST
+    has_required = False
     for section in sections:
         fields = [field for field in section.fields if _is_shown(field, folds)]
         if not fields:
             continue
+        has_required = has_required or any(field.required for field in fields)
         out.print(Text(f"\n{section.name}", "bold").append(f"  {_in(section.label, language)}"))
         print_table(
             ("field", "values", "default", "label"),
             (
                 (
                     field.path.partition(".")[2] if is_narrow else field.path,
-                    _cut(_values(field), 44),
-                    _cut(_default(field), 12 if is_narrow else 30),
+                    _cut(_values(field), 44) if is_cut else _values(field),
+                    _cut(_default(field), 12 if is_narrow else 30) if is_cut else _default(field),
                     _in(field.label, language) + (" *" if field.required else ""),
                 )
                 for field in fields
             ),
             wrapped=("values", "label"),
         )
+    if has_required:
+        out.print("\n* must be filled in, or be seen and confirmed")
 
 
 def _show_field(schema: GetParameterSchemaResponse, field: ParameterField, language: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -29,11 +31,20 @@ STATE_STYLES = {
 }
 
 
-def console() -> Console:
-    """Stdout. Where it is no terminal, lines are as long as they are."""
-    if sys.stdout.isatty():
-        return Console(highlight=False)
-    return Console(highlight=False, width=10_000, force_terminal=False)
+class _Console(Console):
+    """A console that leaves a closed pipe to the command, which has a status for it."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process with a status of its own."""
+        self.quiet = True  # what is in the buffer has no reader
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Stdout, or stderr. Where it is no terminal, lines are as long as they are."""
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return _Console(stderr=stderr, highlight=False)
+    return _Console(stderr=stderr, highlight=False, width=10_000, force_terminal=False)
 
 
 def state_word(state: TaskState.ValueType) -> str:
@@ -135,7 +146,12 @@ def print_table(
         table.add_column(column.upper(), no_wrap=column not in wrapped)
     for row in rows:
         table.add_row(*row)
-    console().print(table)
+    out = console()
+    # The last column is padded too, with blanks that copying would take along.
+    for parts in out.render_lines(table, pad=False):
+        line = Text.assemble(*((part.text, part.style or "") for part in parts))
+        line.rstrip()
+        out.print(line, soft_wrap=True)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str | Text]]) -> None:

@@ -5,6 +5,7 @@ Nothing here knows a list of parameters: names and types come from the contract'
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import secrets
@@ -53,7 +54,10 @@ _KEYS = {
     "name": "display_name",
     "device": "device",
     "template": "template",
+    "kind": "kind",
 }
+_KINDS = ("task", "template")
+DUPLICATE_KEY = "DUPLICATE_KEY"
 
 
 @dataclass
@@ -64,8 +68,15 @@ class Wish:
     display_name: str | None = None
     device: str | None = None
     template: str | None = None
+    kind: str | None = None
+    """`template`: the display name is a template's; empty or `task`: a task's."""
     sections: dict[str, Any] = field(default_factory=dict[str, Any])
     violations: list[FieldViolation] = field(default_factory=list[FieldViolation])
+
+    def for_task(self) -> None:
+        """Forget a name that is a template's: a task made from its file has a name of its own."""
+        if self.kind == "template":
+            self.display_name = None
 
     def put(self, path: str, value: Any) -> None:
         """Set a parameter by its path; None says nothing."""
@@ -116,9 +127,9 @@ def read_file(path: Path) -> Wish:
         text = path.read_text(encoding="utf-8")
         # BaseLoader leaves every scalar a text, and the field's type says how to read it: `no`
         # stays "no" for a strategy, and 2e-4 is a number, as YAML 1.1 would not have it.
-        content: Any = (
-            json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 (makes no objects)
-        )
+        content: Any = _json(text) if path.suffix == ".json" else _yaml(text)
+    except _Duplicate as error:
+        raise _bad_file(path, str(error), DUPLICATE_KEY) from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise _bad_file(path, _why_unread(error)) from error
     if isinstance(content, str | None) and content in _NOTHING:
@@ -132,7 +143,14 @@ def read_file(path: Path) -> Wish:
         if nested not in _NOTHING:
             wish.violations.append(no_section("parameters", nested))
         nested = {}
-    for key, value in (cast("dict[str, Any]", nested) | document).items():
+    below = cast("dict[str, Any]", nested)
+    wish.violations += [
+        FieldViolation(key, "stands below `parameters` and beside it; keep one", DUPLICATE_KEY)
+        for key in document
+        if key in below
+    ]
+    _find_synonyms(document, wish)
+    for key, value in (below | document).items():
         if isinstance(value, dict) and key not in _KEYS:
             wish.sections[key] = dict(cast("dict[str, Any]", value))
         elif value in _NOTHING:
@@ -142,6 +160,8 @@ def read_file(path: Path) -> Wish:
             setattr(wish, _KEYS[key], str(value))
         elif key in _KEYS:
             wish.violations.append(FieldViolation(key, "must be a text", WRONG_TYPE))
+        elif key.partition(".")[0] in SECTIONS and "." in key:
+            wish.sections[key] = value  # reported with the parameters: it wants its section
         elif key in SECTIONS:
             wish.violations.append(no_section(key, value))
         else:
@@ -154,9 +174,57 @@ def read_file(path: Path) -> Wish:
     return wish
 
 
-def _bad_file(path: Path, why: str) -> InvalidArgument:
-    violation = FieldViolation(str(path), why, "BAD_FILE")
-    return InvalidArgument(f"{path} {why}", reason="BAD_FILE", violations=[violation])
+class _Duplicate(ValueError):
+    """A mapping names a key twice; which of the values is meant nobody knows."""
+
+
+class _OnceLoader(yaml.BaseLoader):
+    """Scalars as texts, and each key of a mapping but once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, if it names no key twice."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _Duplicate(f"names {name!r} in line {lines[name]} and again in line {line}")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_OnceLoader)  # noqa: S506 (makes no objects)
+
+
+def _json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                with contextlib.suppress(yaml.YAMLError):
+                    _yaml(text)  # most JSON is YAML too, whose reader knows the lines
+                raise _Duplicate(f"names {name!r} twice")
+            result[name] = value
+        return result
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def _find_synonyms(document: Mapping[str, Any], wish: Wish) -> None:
+    """Report keys that say the same thing, such as `type` and `training_type`."""
+    seen: dict[str, str] = {}
+    for key in document:
+        meant = _KEYS.get(key)
+        if meant is not None and seen.setdefault(meant, key) != key:
+            says = f"says the same as {seen[meant]}; keep one"
+            wish.violations.append(FieldViolation(key, says, DUPLICATE_KEY))
+
+
+def _bad_file(path: Path, why: str, reason: str = "BAD_FILE") -> InvalidArgument:
+    violation = FieldViolation(str(path), why, reason)
+    return InvalidArgument(f"{path} {why}", reason=reason, violations=[violation])
 
 
 def _why_unread(error: Exception) -> str:
@@ -191,6 +259,12 @@ def draft(wish: Wish, *, output_default: bool = True) -> Draft:
             )
         )
         training_type = "sft"
+    if wish.kind not in (None, *_KINDS):
+        violations.append(
+            FieldViolation(
+                "kind", f"must be {' or '.join(_KINDS)}, not {wish.kind!r}", "NOT_A_CHOICE"
+            )
+        )
     parameters, wrong = convert(_without_nulls(wish.sections), parse_text=True)
     violations += wrong
     for path in _PATHS:

@@ -16,11 +16,13 @@ import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 
+from finetuned._connect import ADDRESS_VARIABLE
 from finetuned._errors import (
     DaemonNotStarted,
     DaemonUnavailable,
@@ -64,6 +66,8 @@ class Settings:
     """As for `Client`."""
     json: bool = False
     """JSON on stdout, and errors as JSON on stderr."""
+    task: str = ""
+    """The task that the command is about, as it was typed."""
 
     def client(self, *, start: bool = False) -> Client:
         """A client for one command; `start`: starts the daemon first, if none runs."""
@@ -95,8 +99,16 @@ JsonOption = Annotated[
         help="Write JSON to stdout: one object or array, or a line an event.",
     ),
 ]
+
+
+def _remember_task(ctx: typer.Context, value: str) -> str:
+    settings(ctx).task = value
+    return value
+
+
 TaskArgument = Annotated[
-    str, typer.Argument(metavar="TASK", help="Display name or id of the task.")
+    str,
+    typer.Argument(metavar="TASK", callback=_remember_task, help="Display name or id of the task."),
 ]
 
 
@@ -114,7 +126,8 @@ class Group(typer.core.TyperGroup):
             try:
                 return super().invoke(ctx)
             except FinetunedError as error:
-                show_error(error, ctx.ensure_object(Settings).json)
+                options = ctx.ensure_object(Settings)
+                show_error(error, options.json, options)
                 raise typer.Exit(_status(error)) from error
             except OSError as error:
                 if error.errno == errno.EPIPE:
@@ -167,17 +180,35 @@ def template_command(verb: str, name: str, *options: str) -> str:
 
 
 def confirm(question: str, command: str) -> bool:
-    """Ask on the terminal; where there is none, say which command needs no question, and end.
+    """Ask on the terminal.
 
     Args:
         question: Answered by yes or no; no is the default.
         command: The command with its yes.
+
+    Raises:
+        InvalidArgument: There is no terminal; it says which command needs no question.
     """
     if not sys.stdin.isatty():
-        say("error: this needs a yes, and there is no terminal to ask on")
-        say(f"say it: {command}")
-        raise typer.Exit(Exit.USAGE)
+        raise no_terminal("this needs a yes, and there is no terminal to ask on", command)
     return typer.confirm(question, err=True)
+
+
+def no_terminal(why: str, command: str) -> InvalidArgument:
+    """The error of a command that has nobody to ask, with the command that need not ask."""
+    return InvalidArgument(f"{why}\nsay it: {command}", reason="NO_TERMINAL")
+
+
+def one_file(argument: Path | None, option: Path | None) -> Path | None:
+    """The file to read, which may be given as `FILE` or as `--file FILE`; `-` is stdin."""
+    if argument is not None and option is not None:
+        raise typer.BadParameter("is given twice, as FILE and as --file", param_hint="--file")
+    return input_file(argument or option)
+
+
+def input_file(file: Path | None) -> Path | None:
+    """The file; stdin where it is `-`."""
+    return Path("/dev/stdin") if file is not None and str(file) == "-" else file
 
 
 def json_text(value: Any, encoding: str | None, indent: int | None = None) -> str:
@@ -195,8 +226,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show_error(error: FinetunedError, as_json: bool) -> None:
-    """The error on stderr, with every wrong field and what to type next."""
+def show_error(error: FinetunedError, as_json: bool, options: Settings | None = None) -> None:
+    """The error on stderr, with every wrong field and what to type next.
+
+    Args:
+        error: What went wrong.
+        as_json: Write JSON.
+        options: The global options; None: none were given.
+    """
     if as_json:
         violations = [vars(violation) for violation in getattr(error, "violations", ())]
         content = {
@@ -215,7 +252,7 @@ def show_error(error: FinetunedError, as_json: bool) -> None:
             say(f"  {field:<{width}}  {description}")
     else:
         say(f"error: {error.message}")
-    hint = _hint(error)
+    hint = _hint(error, options or Settings())
     if hint:
         say(hint)
 
@@ -224,10 +261,16 @@ def _short(violation: FieldViolation) -> str:
     return violation.field.removeprefix("task.").removeprefix("parameters.") or "request"
 
 
-def _hint(error: FinetunedError) -> str:
+def _hint(error: FinetunedError, options: Settings) -> str:
     if isinstance(error, DaemonNotStarted):
         return ""  # its message says it
     if isinstance(error, DaemonUnavailable) and not error.reason:
+        variable = os.environ.get(ADDRESS_VARIABLE)
+        if options.address or variable:
+            # The option's default is the variable.
+            own = ADDRESS_VARIABLE if options.address in (None, variable) else "--address"
+            # `daemon start` would look there too, and start nothing.
+            return f"the address is that of {own}; without it, your own daemon is asked"
         return "start it: finetunectl daemon start"
     if isinstance(error, NotFound):
         noun = "template" if "TEMPLATE" in error.reason else "task"
@@ -240,6 +283,8 @@ def _hint(error: FinetunedError) -> str:
             return "what is missing: finetunectl doctor"
         if name.startswith("templates/"):
             return ""
+        if name.startswith("tasks/"):
+            name = options.task or name
         if error.reason == "TASK_ACTIVE":
             return f"stop it: {task_command('stop', name, '--wait')}"
         return f"how it stands: {task_command('show', name)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ from finetuned.cli.settings import (
     JsonOption,
     TaskArgument,
     confirm,
+    one_file,
     say,
     settings,
     task_command,
@@ -33,6 +35,7 @@ from finetuned.cli.train import (
 )
 
 if TYPE_CHECKING:
+    from finetuned._client import Client
     from finetuned.v1.event_pb2 import Event
     from finetuned.v1.task_pb2 import Run, Task
 
@@ -45,6 +48,9 @@ _LEVELS = ("debug", "info", "warning", "error")
 @app.command("create")
 def create_task(
     ctx: typer.Context,
+    file_argument: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="The same as --file FILE; - is stdin.")
+    ] = None,
     training_type: TypeOption = None,
     model: ModelOption = None,
     data: DataOption = None,
@@ -58,6 +64,7 @@ def create_task(
     as_json: JsonOption = False,
 ) -> None:
     """Create a task without starting it. Options as for `finetunectl train`."""
+    file = one_file(file_argument, file)
     with settings(ctx).client() as client:
         wish = wish_of(
             client,
@@ -126,10 +133,11 @@ def show(ctx: typer.Context, name: TaskArgument, as_json: JsonOption = False) ->
     with settings(ctx).client() as client:
         task = client.get_task(name)
         runs = [] if as_json else list(client.list_runs(task.name))
+        result = "" if as_json else _result(client, task, runs)
     if as_json:
         print_json(task)
     else:
-        _show_task(task, runs)
+        _show_task(task, runs, result)
 
 
 @app.command()
@@ -215,6 +223,7 @@ def delete(
         if not yes:
             command = task_command("delete", name, "--yes", *(["--outputs"] if outputs else []))
             if not confirm(f"Delete task {task.display_name}?", command):
+                say("nothing was deleted")
                 raise typer.Exit(Exit.FAILED)
             folders = {run.output_dir for run in client.list_runs(task.name) if run.output_dir}
             if folders and not outputs:
@@ -292,7 +301,18 @@ def _show_log(event: Event, levels: tuple[str, ...], as_json: bool) -> None:
         print(f"{moment} {line.level.upper():7} {line.logger}: {line.text}", flush=True)
 
 
-def _show_task(task: Task, runs: list[Run]) -> None:
+def _result(client: Client, task: Task, runs: list[Run]) -> str:
+    """Folder of the model that the last run has made; empty where it made none."""
+    from finetuned.v1.task_pb2 import TaskState
+
+    if not runs or task.state != TaskState.TASK_STATE_COMPLETED:
+        return ""
+    # It is one of the run's last events.
+    results = client.list_events(task.name, max(task.last_seq - 20, 0), run=runs[0].number)
+    return next((e.result.output_path for e in results if e.WhichOneof("payload") == "result"), "")
+
+
+def _show_task(task: Task, runs: list[Run], result: str) -> None:
     from finetuned._parameters import flatten
     from finetuned.cli.output import (
         phase_word,
@@ -320,6 +340,7 @@ def _show_task(task: Task, runs: list[Run]) -> None:
             ("loss", f"{task.progress.loss:.4f}" if task.progress.HasField("loss") else ""),
             ("template", task.template.removeprefix("templates/")),
             ("device", task.device or "(the first GPU, or the CPU)"),
+            ("result", result),
             ("checkpoint", task.last_checkpoint),
             ("created", time_text(task.create_time)),
             ("started", time_text(task.start_time)),

@@ -11,12 +11,14 @@ from finetuned.cli.settings import (
     Exit,
     JsonOption,
     confirm,
+    input_file,
+    one_file,
     say,
     settings,
     show_error,
     template_command,
 )
-from finetuned.cli.train import SetOption, TypeOption, wish_of
+from finetuned.cli.train import FileOption, SetOption, TypeOption, wish_of
 
 if TYPE_CHECKING:
     from finetuned._client import Client
@@ -34,11 +36,15 @@ AllOption = Annotated[
 UpdateOption = Annotated[
     bool, typer.Option("--update", help="Change the template of that name, if there is one.")
 ]
+OnlyTypeOption = Annotated[
+    str | None,
+    typer.Option("--type", metavar="TYPE", help="Only templates of sft or of pretrain. [all]"),
+]
 
 
 @app.command("list")
 def list_templates(
-    ctx: typer.Context, training_type: TypeOption = None, as_json: JsonOption = False
+    ctx: typer.Context, training_type: OnlyTypeOption = None, as_json: JsonOption = False
 ) -> None:
     """List templates: presets, then your own by name."""
     from finetuned.cli.output import print_json, print_table, time_text, type_word
@@ -84,8 +90,9 @@ def save(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Display name of the template.")],
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="Parameters in YAML or JSON, by section."),
+        typer.Argument(metavar="[FILE]", help="The same as --file FILE; - is stdin."),
     ] = None,
+    file_option: FileOption = None,
     task: Annotated[
         str | None,
         typer.Option("--task", metavar="TASK", help="Take type and parameters of this task."),
@@ -95,14 +102,18 @@ def save(
     update: UpdateOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Save a template: from a task, a file, or --set. With --update, what is given is changed.
+    """Save a template: from a task, a file, or --set.
 
-    --set wins over the file, and both over the task.
+    --set wins over the file, and both over the task. With --update, a file or a task replaces all
+    that the template has, and --set alone changes these parameters.
     """
+    given = one_file(file, file_option)
     with settings(ctx).client(start=True) as client:
-        wish = wish_of(client, training_type=training_type, file=file, assignments=assignments)
+        wish = _wish_of_file(client, given) if given is not None else wish_of(client)
+        wish.training_type = training_type or wish.training_type
+        wish.set_all(assignments or [])
         wish.display_name = name
-        _save(client, wish, task or "", update, as_json)
+        _save(client, wish, task or "", update, as_json, is_whole=given is not None)
 
 
 @app.command()
@@ -117,6 +128,7 @@ def delete(
         template = client.get_template(name)
         command = template_command("delete", name, "--yes")
         if not yes and not confirm(f"Delete template {template.display_name}?", command):
+            say("nothing was deleted")
             raise typer.Exit(Exit.FAILED)
         client.delete_template(template.name, etag=template.etag)
     print("{}" if as_json else f"{template.display_name} deleted")
@@ -127,24 +139,35 @@ def export_template(
     ctx: typer.Context,
     name: NameArgument,
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="File to write. [stdout]")
+        Path | None, typer.Argument(metavar="[FILE]", help="File to write. [-, which is stdout]")
     ] = None,
     every: AllOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite the file, and do not ask.")
+    ] = False,
 ) -> None:
     """Write a template as a YAML file, which `import` and `train --file` read."""
     with settings(ctx).client(start=True) as client:
         text = _text(client, client.get_template(name), every)
-    if file is None:
+    if file is None or str(file) == "-":
         print(text, end="")
-    else:
-        file.write_text(text, encoding="utf-8")
-        say(f"{file} written")
+        return
+    options = ["--force", *(["--all"] if every else [])]
+    command = template_command("export", name, str(file), *options)
+    # A device or a pipe loses nothing.
+    if file.is_file() and not force and not confirm(f"Overwrite {file}?", command):
+        say("nothing was written")
+        raise typer.Exit(Exit.FAILED)
+    file.write_text(text, encoding="utf-8")
+    say(f"{file} written")
 
 
 @app.command("import")
 def import_template(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML or JSON, as of `export`.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="YAML or JSON, as of `export`; - is stdin.")
+    ],
     name: Annotated[
         str | None,
         typer.Option("--name", metavar="NAME", help="Display name. [that in the file]"),
@@ -152,15 +175,47 @@ def import_template(
     update: UpdateOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a template of a file."""
+    """Make a template of a file. With --update, the file replaces all that the template has."""
+    given = input_file(file) or file
     with settings(ctx).client(start=True) as client:
-        wish = wish_of(client, file=file, name=name)
+        wish = _wish_of_file(client, given)
+        wish.display_name = name or wish.display_name
+        if not wish.display_name and given is not file:
+            raise typer.BadParameter("is needed: what was read has no name", param_hint="--name")
         # A file without a name lends its own.
         wish.display_name = wish.display_name or file.stem
-        _save(client, wish, "", update, as_json)
+        _save(client, wish, "", update, as_json, is_whole=True)
 
 
-def _save(client: Client, wish: Wish, task: str, update: bool, as_json: bool) -> None:
+def _wish_of_file(client: Client, file: Path) -> Wish:
+    """What the file asks for.
+
+    Raises:
+        InvalidArgument: It can't be read, or has nothing in it.
+    """
+    from finetuned._errors import FieldViolation
+    from finetuned.cli.params import Wish, refused
+
+    wish = wish_of(client, file=file)
+    if wish == Wish():
+        why = "is empty: it must hold sections such as `training:`, or a training_type at least"
+        raise refused([FieldViolation(str(file), why, "BAD_FILE")])
+    return wish
+
+
+def _save(
+    client: Client, wish: Wish, task: str, update: bool, as_json: bool, *, is_whole: bool
+) -> None:
+    """Create the template, or change it.
+
+    Args:
+        client: The client.
+        wish: What the template is to have.
+        task: Whose parameters lie under the wish's; or empty.
+        update: Change the template of the name, if there is one.
+        as_json: Write JSON.
+        is_whole: The wish stands for the whole template: a change keeps nothing else.
+    """
     from finetuned._errors import AlreadyExists
     from finetuned.cli.output import print_json
     from finetuned.cli.params import draft, refused
@@ -171,8 +226,9 @@ def _save(client: Client, wish: Wish, task: str, update: bool, as_json: bool) ->
         raise refused(plan.violations)
     present = _present(client, plan.display_name) if update else None
     if present is not None:
-        template = _update(client, present, plan, task)
+        template = _update(client, present, plan, task, is_typed=was_typed, is_whole=is_whole)
     else:
+        _check_no_id(client, plan.display_name)
         try:
             template = client.create_template(
                 plan.display_name,
@@ -192,24 +248,49 @@ def _save(client: Client, wish: Wish, task: str, update: bool, as_json: bool) ->
     say(f"look at it: {template_command('show', template.display_name)}")
 
 
-def _update(client: Client, present: Template, plan: Draft, task: str) -> Template:
-    from finetuned._parameters import flatten
-    from finetuned.v1.parameters_pb2 import Parameters
+def _check_no_id(client: Client, display_name: str) -> None:
+    """Raise where the name is another template's id, under which this one would not be found."""
+    from finetuned._errors import FieldViolation, NotFound
+    from finetuned.cli.params import refused
 
-    if not task:
-        return client.update_template(present.name, plan.parameters, etag=present.etag)
-    # Like a new template from the task: nothing of the old parameters stays.
-    parameters = Parameters()
-    parameters.CopyFrom(client.get_task(task).parameters)
-    parameters.MergeFrom(plan.parameters)
-    return client.update_template(
-        present.name, parameters, reset=flatten(present.parameters), etag=present.etag
-    )
+    try:
+        other = client.get_template(f"templates/{display_name}")
+    except NotFound:
+        return
+    why = f"is the id of template {other.display_name}: a template of that name can't be reached"
+    raise refused([FieldViolation("display_name", why, "NAME_IS_AN_ID")])
+
+
+def _update(
+    client: Client, present: Template, plan: Draft, task: str, *, is_typed: bool, is_whole: bool
+) -> Template:
+    from finetuned._calls import ALL_PARAMETERS
+    from finetuned._documents import sections
+    from finetuned._errors import FieldViolation
+    from finetuned._parameters import flatten
+    from finetuned.cli.output import type_word
+    from finetuned.cli.params import refused
+
+    source = client.get_task(task) if task else None
+    values = flatten(source.parameters) if source else {}
+    values |= flatten(plan.parameters)
+    old = type_word(present.training_type)
+    new = plan.training_type if is_typed else type_word(source.training_type) if source else old
+    if new != old:
+        why = f"is {old} in template {present.display_name}, and can't become {new}"
+        raise refused([FieldViolation("training_type", why, "IMMUTABLE")])
+    # Like a new template: nothing of the old parameters stays.
+    reset = (ALL_PARAMETERS,) if source or is_whole else ()
+    return client.update_template(present.name, sections(values), reset=reset, etag=present.etag)
 
 
 def _present(client: Client, display_name: str) -> Template | None:
+    """The template of that name, or else of that id."""
     from finetuned._errors import NotFound
 
+    for template in client.list_templates():
+        if template.display_name == display_name:
+            return template
     try:
         return client.get_template(display_name)
     except NotFound:

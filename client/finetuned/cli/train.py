@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetuned.cli.settings import JsonOption, Settings, say, settings, task_command
+from finetuned.cli.settings import JsonOption, Settings, one_file, say, settings, task_command
 
 if TYPE_CHECKING:
     from finetuned._client import Client
@@ -65,6 +65,9 @@ SetOption = Annotated[
 
 def train(
     ctx: typer.Context,
+    file_argument: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="The same as --file FILE; - is stdin.")
+    ] = None,
     training_type: TypeOption = None,
     model: ModelOption = None,
     data: DataOption = None,
@@ -85,6 +88,7 @@ def train(
     Starts the daemon if none runs. Ctrl-C ends the watching, not the run. Options win over --file,
     --file over --template, and --set over all.
     """
+    file = one_file(file_argument, file)
     with settings(ctx).client() as client:
         wish = wish_of(
             client,
@@ -133,7 +137,8 @@ def wish_of(
             raise InvalidArgument("--like is no name", violations=[not_utf8("--like")])
         _fill_from(client.get_task(like), wish)
     wish.training_type = training_type or wish.training_type
-    wish.display_name = name or wish.display_name
+    if name:
+        wish.display_name, wish.kind = name, None
     wish.device = device or wish.device
     wish.template = template or wish.template
     wish.put("data.model_path", model)
@@ -152,6 +157,7 @@ def create(client: Client, options: Settings, wish: Wish, *, start: bool) -> Tas
     from finetuned._launch import start_daemon
     from finetuned.cli.params import draft
 
+    wish.for_task()
     plan = draft(wish)
     if not plan.violations:
         start_daemon(options.address, on_start=lambda log: say(f"starting the daemon (log: {log})"))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from finetuned._violations import ParameterViolation
 from finetuned.cli.output import console, value_text
 
+# What is no parameter has an option of its own.
+_OPTIONS = {"device": "--device", "training_type": "--type", "template": "--template"}
 _STYLES = {"error": "red", "warning": "yellow", "notice": "blue"}
 
 
 def print_violations(violations: Sequence[ParameterViolation], *, to_stderr: bool = False) -> None:
     """A line for each, with the value that would be right where one is known."""
-    out = _stderr() if to_stderr else console()
+    out = console(stderr=to_stderr)
     width = max((len(violation.field) for violation in violations), default=0)
     for violation in violations:
         line = Text(f"{violation.severity:<7}", style=_STYLES[violation.severity])
@@ -41,35 +41,43 @@ def assignment(violation: ParameterViolation) -> str:
 def with_suggestions(arguments: Sequence[str], violations: Sequence[ParameterViolation]) -> str:
     """The command with the suggestions that are no mere notice, to be copied into a shell.
 
-    Empty where nothing is suggested.
+    Empty where nothing is suggested, or where an error would remain.
     """
+    if any(v.severity == "error" and v.suggested_value is None for v in violations):
+        return ""
     grave = [violation for violation in violations if violation.severity != "notice"]
-    found = dict.fromkeys(filter(None, map(assignment, grave)))
-    sets = [word for suggestion in found for word in ("--set", suggestion)]
-    kept = _without_sets(arguments, {suggestion.partition("=")[0] for suggestion in found})
-    return shlex.join(["finetunectl", *kept, *sets]) if sets else ""
+    found: dict[str, str] = {}
+    for suggestion in filter(None, map(assignment, grave)):
+        path, _, value = suggestion.partition("=")
+        found.setdefault(path, value)
+    kept = list(arguments)
+    added: list[str] = []
+    for path, value in found.items():
+        option = _OPTIONS.get(path)
+        if option is not None:
+            kept = _without(kept, option)
+            added += [option, value]
+        else:
+            added += ["--set", f"{path}={value}"]
+    kept = _without(kept, "--set", set(found))
+    return shlex.join(["finetunectl", *kept, *added]) if added else ""
 
 
-def _without_sets(arguments: Sequence[str], fields: set[str]) -> list[str]:
-    """The arguments without `--set` of these fields."""
+def _without(arguments: Sequence[str], option: str, fields: set[str] | None = None) -> list[str]:
+    """The arguments without the option; of `--set`, without those for these fields."""
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
-        if word == "--set":
-            assigned = next(words, "")
-            if assigned.partition("=")[0].strip() not in fields:
-                kept += [word, assigned]
-        elif word.removeprefix("--set=").partition("=")[0].strip() not in fields:
+        is_apart = word == option
+        if not is_apart and not word.startswith(f"{option}="):
             kept.append(word)
+            continue
+        value = next(words, "") if is_apart else word.partition("=")[2]
+        if fields is not None and value.partition("=")[0].strip() not in fields:
+            kept += [word, value] if is_apart else [word]
     return kept
 
 
 def as_json(violation: ParameterViolation) -> dict[str, Any]:
     """The violation for `--json`."""
     return dict(vars(violation))
-
-
-def _stderr() -> Console:
-    if sys.stderr.isatty():
-        return Console(stderr=True, highlight=False)
-    return Console(stderr=True, highlight=False, width=10_000, force_terminal=False)
