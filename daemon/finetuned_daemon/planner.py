@@ -32,7 +32,11 @@ from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import by_severity
 from finetuned_daemon.validation.checkpoint import nothing_left
 from finetuned_daemon.validation.judge import Judgement
-from finetuned_daemon.validation.rules import check_evaluations, check_warmup
+from finetuned_daemon.validation.rules import (
+    check_evaluations,
+    check_warmup,
+    split_leaves_none,
+)
 
 _MODEL = "data.model_path"
 
@@ -252,11 +256,7 @@ def _check_samples(parameters: Parameters, measured: Measured) -> None:
         raise InvalidRequest([Violation("data.train_file", text, "NOTHING_TO_LEARN")])
     splits = training.eval_strategy != "no" and data.eval_ratio and not data.eval_file
     if splits and not split_sizes(samples, data.eval_ratio)[0]:
-        text = Text(
-            f"takes all of the {samples} samples and leaves none to train on",
-            f"会占用全部 {samples} 个样本，没有数据可用于训练",
-        )
-        raise InvalidRequest([Violation("data.eval_ratio", text, "SPLIT_LEAVES_NONE")])
+        raise InvalidRequest([split_leaves_none(samples)])
 
 
 def _check_lengths(plan: Plan, parameters: Parameters) -> list[Violation]:

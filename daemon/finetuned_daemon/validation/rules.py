@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from finetuned_daemon.devices import CPU
@@ -149,6 +150,21 @@ def check_warmup(training: TrainingParameters, total_steps: int) -> Iterator[Vio
         "WARMUP_LONGER_THAN_RUN",
         Severity.WARNING,
         suggested=total_steps // 10,
+    )
+
+
+def split_leaves_none(samples: int) -> Violation:
+    """A share for evaluation that is all there is."""
+    # The largest share, in steps of the form, that leaves one.
+    good = math.floor((samples - 1) / samples * 100) / 100
+    return Violation(
+        "data.eval_ratio",
+        Text(
+            f"takes all of the {samples} samples and leaves none to train on",
+            f"会占用全部 {samples} 个样本，没有数据可用于训练",
+        ),
+        "SPLIT_LEAVES_NONE",
+        suggested=good or None,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Generator, Iterator
@@ -22,7 +21,11 @@ from finetuned_daemon.validation.checkpoint import (
 )
 from finetuned_daemon.validation.model import check_model, check_tokenizer
 from finetuned_daemon.validation.paths import check_file, check_path, unusable
-from finetuned_daemon.validation.rules import check_evaluations, check_warmup
+from finetuned_daemon.validation.rules import (
+    check_evaluations,
+    check_warmup,
+    split_leaves_none,
+)
 from finetuned_daemon.validation.surroundings import Surroundings
 
 _BAD_LINES_NAMED = 5
@@ -116,16 +119,7 @@ def _check_counts(p: Parameters, samples: int) -> Iterator[Violation]:
     if evaluates and 0 < ratio < 1 and not p.data.eval_file:
         rest, _ = split_sizes(samples, ratio)
         if not rest:
-            good = math.floor((samples - 1) / samples * 100) / 100 if samples > 1 else 0.0
-            yield Violation(
-                "data.eval_ratio",
-                Text(
-                    f"takes all of the {samples} samples and leaves none to train on",
-                    f"会占用全部 {samples} 个样本，没有数据可用于训练",
-                ),
-                "SPLIT_LEAVES_NONE",
-                suggested=good,
-            )
+            yield split_leaves_none(samples)
             return
         samples = rest
     total = plan_schedule(training, samples, evaluates=evaluates).total_steps
