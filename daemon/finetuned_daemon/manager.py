@@ -39,6 +39,7 @@ from finetuned_daemon.requests import (
     check_mask,
     masked,
     merged,
+    training_type_missing,
 )
 from finetuned_daemon.runs import scheduler
 from finetuned_daemon.runs.bundle import Bundle
@@ -207,8 +208,7 @@ class Manager:
         template = self._templates.get(new.template) if new.template else None
         training_type = new.training_type or (template.training_type if template else None)
         if training_type is None:
-            text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
-            violations.append(Violation("training_type", text, "REQUIRED"))
+            violations.append(training_type_missing())
         elif template:
             violations += _check_type(template, training_type)
         training_type = training_type or TrainingType.SFT

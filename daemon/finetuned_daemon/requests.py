@@ -102,6 +102,12 @@ def check_id(field: str, resource_id: str) -> list[Violation]:
     return [Violation(field, text, f"BAD_{field.upper()}")]
 
 
+def training_type_missing() -> Violation:
+    """Neither the request nor a task or template says what is trained."""
+    text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
+    return Violation("training_type", text, "REQUIRED")
+
+
 def check_display_name(name: str) -> list[Violation]:
     """A name that users see."""
     if len(name) <= LONGEST_DISPLAY_NAME and name.isprintable() and name == name.strip():

@@ -27,6 +27,7 @@ from finetuned_daemon.requests import (
     check_mask,
     masked,
     merged,
+    training_type_missing,
 )
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.store.database import Database
@@ -113,8 +114,7 @@ class TemplateManager:
         violations = check_id("template_id", new.template_id)
         violations += _check_name(new.display_name) + check_display_name(new.display_name)
         if new.training_type is None:
-            text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
-            violations.append(Violation("training_type", text, "REQUIRED"))
+            violations.append(training_type_missing())
         training_type = new.training_type or TrainingType.SFT
         if base is None:
             base = preset_of(training_type).parameters

@@ -246,7 +246,7 @@ class DatasetReport(_message.Message):
     learned_tokens: _builtins.int
     """Tokens that are learned."""
     train_samples: _builtins.int
-    """Samples of a training run: chats that are not left out, or blocks of `max_seq_length` tokens."""
+    """Samples of a training run: chats that are not left out, or blocks of `max_seq_length` tokens. 0 without a tokenizer."""
     tokenizer_problem: _builtins.str
     """Where tokens can't be counted or the mask is not certain, why; in the language asked for. Empty: all is well."""
     @_builtins.property

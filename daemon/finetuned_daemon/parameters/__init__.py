@@ -1,4 +1,4 @@
-"""The 49 parameters.
+"""The 49 parameters, a module a section; the form that they make, and their way to the protos.
 
-Models (the one source of defaults and rules), their check, their way to and from protos.
+What may be asked of them is judged in `validation`.
 """

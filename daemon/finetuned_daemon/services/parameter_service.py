@@ -13,13 +13,14 @@ from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.parameters.schema import build_schema
 from finetuned_daemon.planner import Planner
-from finetuned_daemon.requests import Given, merged
+from finetuned_daemon.requests import Given, merged, training_type_missing
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.services import convert
 from finetuned_daemon.services.edge import language
 from finetuned_daemon.tasks import Task
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.texts import Text
+from finetuned_daemon.validation.check import errors
 from finetuned_daemon.validation.judge import Judge
 
 _Context = aio.ServicerContext[Any, Any]
@@ -51,7 +52,7 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
     ) -> parameter_service_pb2.GetParameterSchemaResponse:
         training_type = convert.training_type(request.training_type)
         if training_type is None:
-            raise InvalidRequest([_no_type()])
+            raise InvalidRequest([training_type_missing()])
         return build_schema(training_type)
 
     async def ValidateParameters(  # noqa: N802, D102
@@ -70,7 +71,7 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
             violations = await self._planner.with_plan(judgement, asked.training_type)
         return parameter_service_pb2.ValidateParametersResponse(
             violations=[convert.violation(v, language(context)) for v in violations],
-            valid=not any(v.severity == "ERROR" for v in violations),
+            valid=not errors(violations),
             parameters=protos.to_proto(judgement.resolved),
         )
 
@@ -109,7 +110,7 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
                 raise InvalidRequest([_other_type("template", template.training_type)])
             training_type = template.training_type
         if training_type is None:
-            raise InvalidRequest([_no_type()])
+            raise InvalidRequest([training_type_missing()])
         return _Asked(training_type, given, device, task)
 
 
@@ -119,8 +120,3 @@ def _other_type(field: str, training_type: TrainingType) -> Violation:
         f"is for {kind}, not for the training type given", f"用于 {kind}，与所给训练类型不符"
     )
     return Violation(field, text, f"{field.upper()}_OF_OTHER_TYPE")
-
-
-def _no_type() -> Violation:
-    text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
-    return Violation("training_type", text, "REQUIRED")
