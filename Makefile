@@ -1,5 +1,6 @@
 # make demo   train a real small model on this machine, and see what it learned
 # make test   everything that the project promises
+# make bench  how fast training is, and in how much memory, beside its peers
 #
 # Both install into .venv first. PYTHON=... chooses the Python (3.11 or newer).
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: install demo demo-pretrain test lint types proto clean
+.PHONY: install demo demo-pretrain test bench lint types proto clean
 
 install: .venv/installed
 
@@ -26,6 +27,10 @@ demo-pretrain: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Training against its peers, in turns, as ratios; LLAMAFACTORY=/path/to/llamafactory-cli adds that one.
+bench: install
+	$(BIN)/python tests/bench/training.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

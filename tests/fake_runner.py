@@ -6,15 +6,19 @@ Keeps the contract of the run folder, in milliseconds.
 
     steps       optimizer steps (default 3)
     save_steps  a checkpoint every so many steps
+    eval_losses the evaluation loss that the checkpoint of a step has, by step
     gated       take a step only for each byte that a test writes into the FIFO `gate` of the model
     folder
                 (the training quota may end it earlier)
     hold        wait for ever in this phase, such as LOADING_MODEL; a stop ends it
     deaf        neither a wish nor SIGTERM stops it
     exit        leave at this step with this exit status and no result: [step, status]
+    fail        end at this step as failed: {"step", "reason"}, only with a batch "above" a size,
+                and with more fields of `Result`
     garble      write lines that are no events before the first step
     console     print this line
     child       start a process that never ends, its pid in the file `child` of the run folder
+    report      fields of the report of a probe, which leaves a file in its output folder
 
 `python -m fake_runner --probe`. What it answers stands in the file that `FAKE_PROBE` names, if it
 does: fields of a probe, and
@@ -35,6 +39,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +58,7 @@ from finetuned_daemon.runs.contract import (
     Metrics,
     Payload,
     PhaseChange,
+    ProbeReport,
     Process,
     ProcessIdentity,
     Progress,
@@ -114,7 +120,30 @@ class FakeRunner:
             self.one_step()
             if self.wish():
                 self.stop()
+        if self.spec.probe:
+            self.measure()
         self.end(EndReason.FINISHED, self.save("end"))
+
+    def measure(self) -> NoReturn:
+        (Path(self.spec.output_dir) / "left").write_text("by a runner that cleans up badly")
+        measured = {
+            "peak_memory_bytes": 3 << 30,
+            "memory_total_bytes": 8 << 30,
+            "memory_available_bytes": 6 << 30,
+            "tokens_per_second": 100.0,
+            "seconds_per_step": 2.0,
+            "start_seconds": 1.0,
+            "seconds_per_checkpoint": 0.5,
+            "checkpoint_bytes": 1 << 20,
+            "disk_bytes": 2 << 20,
+            "duration_seconds": 60.0,
+            "run_steps": 20,
+            "train_samples": 10,
+            "train_tokens": 500,
+            "longest_tokens": 90,
+        }
+        self.emit(ProbeReport.model_validate(measured | self.scenario.get("report", {})))
+        self.end(EndReason.PROBED, "")
 
     def enter(self, phase: RunPhase) -> None:
         self.emit(PhaseChange(phase=phase))
@@ -134,12 +163,17 @@ class FakeRunner:
         status = self.scenario.get("exit")
         if status and status[0] == self.step:
             os._exit(status[1])
-        every = int(self.scenario.get("save_steps", 0))
+        every = 0 if self.spec.probe else int(self.scenario.get("save_steps", 0))
         if every and self.step % every == 0:
             path = self.save("steps")
             quota = self.quota()
             if quota is not None and self.saved >= quota and self.step < self.steps:
                 self.end(EndReason.QUOTA_USED_UP, path)
+        failure = dict(self.scenario.get("fail", {}))
+        above = failure.pop("above", 0)
+        is_due = failure.pop("step", None) == self.step
+        if is_due and self.spec.parameters.training.batch_size > above:
+            self.end(EndReason(failure.pop("reason")), "", **failure)
 
     def wait_for_gate(self) -> None:
         while self.gate >= 0:
@@ -160,7 +194,7 @@ class FakeRunner:
 
     def stop(self) -> NoReturn:
         self.emit(PhaseChange(phase=RunPhase.STOPPING))
-        saves = self.wish() is StopWish.SAVE and self.step > 0
+        saves = self.wish() is StopWish.SAVE and self.step > 0 and not self.spec.probe
         self.end(EndReason.STOPPED_BY_USER, self.save("stop") if saves else "")
 
     def save(self, cause: Any) -> str:
@@ -178,8 +212,17 @@ class FakeRunner:
             }
             files["adapter_config.json"] = json.dumps(shape).encode()
             files["adapter_model.safetensors"] = (2).to_bytes(8, "little") + b"{}"
-        entries = {n: FileEntry(size=len(data), sha256="") for n, data in files.items()}
-        manifest = Manifest(step=self.step, files=entries)
+        entries = {
+            n: FileEntry(size=len(data), sha256=sha256(data).hexdigest())
+            for n, data in files.items()
+        }
+        manifest = Manifest(
+            step=self.step,
+            files=entries,
+            epoch=self.step / self.steps,
+            eval_loss=self.scenario.get("eval_losses", {}).get(str(self.step)),
+            parameters=self.spec.parameters.model_dump(mode="json"),
+        )
         files[MANIFEST] = manifest.model_dump_json().encode()
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
@@ -211,11 +254,11 @@ class FakeRunner:
         self.events.write(EventLine.make(self.seq, payload).model_dump_json().encode() + b"\n")
         self.events.flush()
 
-    def end(self, reason: EndReason, output_path: str) -> NoReturn:
+    def end(self, reason: EndReason, output_path: str, **more: Any) -> NoReturn:
         self.emit(LogLine(level="info", logger="fake", text=f"ends: {reason}"))
         write_record(
             self.run_dir / RESULT,
-            Result(end_reason=reason, step=self.step, output_path=output_path),
+            Result(end_reason=reason, step=self.step, output_path=output_path, **more),
         )
         sys.exit(0)
 

@@ -64,6 +64,7 @@ PAYLOADS = {"PhaseChange": contract.PhaseChange, "Progress": contract.Progress} 
     name: getattr(contract, name)
     for name in (
         *("Metrics", "LogLine", "CheckpointSaved", "CheckpointDeleted", "Evaluation", "Notice"),
+        "ProbeReport",
     )
 }
 
@@ -111,7 +112,7 @@ def test_every_end_reason_has_its_state_and_sentence_as_the_proto_says() -> None
         comment = re.search(rf"// (.*)\n  END_REASON_{reason} =", text)
         assert comment is not None
         assert comment[1].endswith(f"{end.state}."), f"{reason} ends as {end.state}"
-        assert end.sentence.endswith(".")
+        assert end.sentence.en.endswith(".")
 
 
 TYPES = {

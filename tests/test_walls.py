@@ -69,7 +69,7 @@ def test_the_daemon_takes_from_the_client_the_protos_and_the_meeting_place_alone
 
 
 def test_the_runner_meets_the_daemon_in_the_run_folder_alone() -> None:
-    """Either may die at any time: they share records, parameters and the reader of data alone."""
+    """Either may die at any time: they share records, parameters, the reader of data and plans."""
     shared = (
         "finetuned_daemon.runs.contract",
         "finetuned_daemon.runs.manifest",
@@ -79,6 +79,8 @@ def test_the_runner_meets_the_daemon_in_the_run_folder_alone() -> None:
         "finetuned_daemon.dataset.reader",
         "finetuned_daemon.dataset.report",
         "finetuned_daemon.environment.probe",
+        "finetuned_daemon.planning.schedule",
+        "finetuned_daemon.planning.timing",
         "finetuned_daemon.texts",
     )
     assert offenders(RUNNER, ("finetuned_daemon", "finetuned", "grpc", "google"), shared) == []

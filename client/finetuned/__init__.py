@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from finetuned._errors import OutOfRange as OutOfRange
     from finetuned._errors import PermissionDenied as PermissionDenied
     from finetuned._errors import PreconditionViolation as PreconditionViolation
+    from finetuned._errors import ProbeFailed as ProbeFailed
     from finetuned._errors import ResourceExhausted as ResourceExhausted
     from finetuned._errors import Unauthenticated as Unauthenticated
     from finetuned._errors import Unimplemented as Unimplemented
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from finetuned.v1.dataset_service_pb2 import DatasetReport as DatasetReport
     from finetuned.v1.dataset_service_pb2 import InspectionProgress as InspectionProgress
     from finetuned.v1.event_pb2 import Event as Event
+    from finetuned.v1.event_pb2 import ProbeReport as ProbeReport
     from finetuned.v1.parameter_service_pb2 import EstimateTaskResponse as EstimateTaskResponse
     from finetuned.v1.parameter_service_pb2 import (
         GetParameterSchemaResponse as GetParameterSchemaResponse,
@@ -62,12 +64,14 @@ if TYPE_CHECKING:
     from finetuned.v1.system_service_pb2 import Device as Device
     from finetuned.v1.system_service_pb2 import GetQuotaResponse as GetQuotaResponse
     from finetuned.v1.system_service_pb2 import GetSystemInfoResponse as GetSystemInfoResponse
+    from finetuned.v1.task_pb2 import Checkpoint as Checkpoint
     from finetuned.v1.task_pb2 import EndReason as EndReason
     from finetuned.v1.task_pb2 import Run as Run
     from finetuned.v1.task_pb2 import RunPhase as RunPhase
     from finetuned.v1.task_pb2 import Task as Task
     from finetuned.v1.task_pb2 import TaskState as TaskState
     from finetuned.v1.task_pb2 import TrainingType as TrainingType
+    from finetuned.v1.task_service_pb2 import DeleteCheckpointResponse as DeleteCheckpointResponse
     from finetuned.v1.task_service_pb2 import DeleteTaskResponse as DeleteTaskResponse
     from finetuned.v1.task_service_pb2 import Snapshot as Snapshot
     from finetuned.v1.template_service_pb2 import Template as Template
@@ -78,12 +82,14 @@ __all__ = [
     "AsyncClient",
     "BadLinePolicy",
     "CheckEnvironmentResponse",
+    "Checkpoint",
     "Client",
     "ConnectionLost",
     "DaemonNotStarted",
     "DaemonUnavailable",
     "DatasetReport",
     "DeadlineExceeded",
+    "DeleteCheckpointResponse",
     "DeleteTaskResponse",
     "Device",
     "EndReason",
@@ -105,6 +111,8 @@ __all__ = [
     "Parameters",
     "PermissionDenied",
     "PreconditionViolation",
+    "ProbeFailed",
+    "ProbeReport",
     "ResourceExhausted",
     "Run",
     "RunPhase",
@@ -129,9 +137,11 @@ _HOMES = {
     "WatchItem": "_watch",
     "start_daemon": "_launch",
     "Event": "v1.event_pb2",
+    "ProbeReport": "v1.event_pb2",
     "Parameters": "v1.parameters_pb2",
     "Device": "v1.system_service_pb2",
     "GetSystemInfoResponse": "v1.system_service_pb2",
+    "Checkpoint": "v1.task_pb2",
     "EndReason": "v1.task_pb2",
     "Run": "v1.task_pb2",
     "RunPhase": "v1.task_pb2",
@@ -146,6 +156,7 @@ _HOMES = {
     "GetParameterSchemaResponse": "v1.parameter_service_pb2",
     "CheckEnvironmentResponse": "v1.system_service_pb2",
     "GetQuotaResponse": "v1.system_service_pb2",
+    "DeleteCheckpointResponse": "v1.task_service_pb2",
     "DeleteTaskResponse": "v1.task_service_pb2",
     "Template": "v1.template_service_pb2",
     "template_document": "_documents",

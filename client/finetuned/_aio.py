@@ -13,10 +13,13 @@ import grpc.aio
 
 from finetuned import _calls, _prepare, _silence
 from finetuned._calls import Call, Steps, T
+from finetuned._checkpoints import AsyncCheckpoints, resume_choice
 from finetuned._client import Client
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
+from finetuned._export import AsyncExports
 from finetuned._launch import start_daemon
+from finetuned._probe import AsyncProbes
 from finetuned._session import Attempts, Session
 from finetuned._status import from_rpc_error
 from finetuned._stubs import stubs
@@ -40,7 +43,7 @@ from finetuned.v1.task_service_pb2 import DeleteTaskResponse, WatchTaskResponse
 from finetuned.v1.template_service_pb2 import Template
 
 
-class AsyncClient:
+class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncProbes):
     """The daemon, from asyncio. Use one within one event loop.
 
     Methods, arguments and errors are those of `Client`, where they are described.
@@ -193,9 +196,11 @@ class AsyncClient:
         """As `Client.delete_task`."""
         return await self._run(_calls.delete_task(name, etag, allow_missing, delete_outputs))
 
-    async def start_task(self, name: str, *, etag: str = "", request_id: str = "") -> Task:
+    async def start_task(
+        self, name: str, *, etag: str = "", request_id: str = "", resume: str | PathLike[str] = ""
+    ) -> Task:
         """As `Client.start_task`."""
-        return await self._run(_calls.start_task(name, etag, request_id))
+        return await self._run(_calls.start_task(name, etag, request_id, *resume_choice(resume)))
 
     async def stop_task(self, name: str, *, discard: bool = False) -> Task:
         """As `Client.stop_task`."""
@@ -306,9 +311,12 @@ class AsyncClient:
         device: str = "",
         template: str = "",
         task: str = "",
+        resume: str | PathLike[str] = "",
     ) -> EstimateTaskResponse:
         """As `Client.estimate`."""
-        return await self._run(_prepare.estimate(training_type, parameters, device, template, task))
+        return await self._run(
+            _prepare.estimate(training_type, parameters, device, template, task, resume)
+        )
 
     async def create_template(
         self,

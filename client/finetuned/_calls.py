@@ -31,7 +31,7 @@ from finetuned.v1 import task_service_pb2 as tasks
 from finetuned.v1 import template_service_pb2 as templates
 from finetuned.v1.parameters_pb2 import Parameters
 from finetuned.v1.system_service_pb2 import Device, GetSystemInfoResponse
-from finetuned.v1.task_pb2 import Task, TaskState, TrainingType
+from finetuned.v1.task_pb2 import ResumeChoice, Task, TaskState, TrainingType
 from finetuned.v1.template_service_pb2 import Template
 
 T = TypeVar("T")
@@ -251,11 +251,24 @@ def delete_task(
     return answer
 
 
-def start_task(name: str, etag: str, request_id: str) -> Steps[Task]:
+def start_task(
+    name: str,
+    etag: str,
+    request_id: str,
+    resume: ResumeChoice.ValueType,
+    resume_path: str,
+    *,
+    probe: bool = False,
+) -> Steps[Task]:
     """StartTask, repeatable by a request id of our own."""
     check_texts(etag=etag, request_id=request_id)
     request = tasks.StartTaskRequest(
-        name=(yield from resolve(name)), etag=etag, request_id=request_id or str(uuid.uuid4())
+        name=(yield from resolve(name)),
+        etag=etag,
+        request_id=request_id or str(uuid.uuid4()),
+        resume=resume,
+        resume_path=resume_path,
+        probe=probe,
     )
     answer: tasks.StartTaskResponse = yield Call(
         TASK_SERVICE, "StartTask", request, timeout=READING_SECONDS

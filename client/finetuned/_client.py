@@ -10,8 +10,10 @@ from typing import Any, Self
 import grpc
 
 from finetuned import _calls, _prepare, _silence
-from finetuned._caller import Caller
+from finetuned._checkpoints import Checkpoints, resume_choice
 from finetuned._errors import FinetunedError
+from finetuned._export import Exports
+from finetuned._probe import Probes
 from finetuned._session import Attempts
 from finetuned._silence import Silence
 from finetuned._status import from_rpc_error
@@ -35,7 +37,7 @@ from finetuned.v1.task_service_pb2 import DeleteTaskResponse
 from finetuned.v1.template_service_pb2 import Template
 
 
-class Client(Caller):
+class Client(Checkpoints, Exports, Probes):
     """The daemon, from a program without asyncio. Threads may share one.
 
     Tasks are named by `tasks/{task_id}`, by the bare id, or by their display name; where an id and
@@ -248,15 +250,24 @@ class Client(Caller):
         """
         return self._run(_calls.delete_task(name, etag, allow_missing, delete_outputs))
 
-    def start_task(self, name: str, *, etag: str = "", request_id: str = "") -> Task:
+    def start_task(
+        self, name: str, *, etag: str = "", request_id: str = "", resume: str | PathLike[str] = ""
+    ) -> Task:
         """Start a new run of a task. It waits in the queue while its device is busy.
+
+        Args:
+            name: The task.
+            etag: The task's `etag` when it was seen. Empty: whatever is there.
+            request_id: Makes repeats of this call by yourself safe. Empty: a new one.
+            resume: The checkpoint that this run goes on from: `newest`, `best` or its folder. The
+                task's own parameters stay. Empty: as they say.
 
         Raises:
             InvalidArgument: Parameters are wrong or missing, all of them in `violations`.
-            FailedPrecondition: It is queued or running already.
+            FailedPrecondition: It is queued or running already, or has no such checkpoint.
             Aborted: It has changed since `etag` was seen.
         """
-        return self._run(_calls.start_task(name, etag, request_id))
+        return self._run(_calls.start_task(name, etag, request_id, *resume_choice(resume)))
 
     def stop_task(self, name: str, *, discard: bool = False) -> Task:
         """Ask for the end of the run, with a checkpoint unless `discard`. See `wait` for the end.
@@ -406,16 +417,22 @@ class Client(Caller):
         device: str = "",
         template: str = "",
         task: str = "",
+        resume: str | PathLike[str] = "",
     ) -> EstimateTaskResponse:
         """What a run would do and take: steps, checkpoints, disk, memory, time.
 
-        Arguments are those of `validate`.
+        Arguments are those of `validate`, and `resume`: plan a run that goes on from a checkpoint,
+        the `newest` or `best` of `task`, or the one in this folder. `resume_plan` tells then what
+        goes on and what has changed.
 
         Raises:
             InvalidArgument: Fields are wrong or missing, all of them in `violations`.
             NotFound: No such template or task.
+            FailedPrecondition: The task has no such checkpoint.
         """
-        return self._run(_prepare.estimate(training_type, parameters, device, template, task))
+        return self._run(
+            _prepare.estimate(training_type, parameters, device, template, task, resume)
+        )
 
     def create_template(
         self,

@@ -16,6 +16,7 @@
     +-- Unimplemented         UNIMPLEMENTED: the daemon is older than this client
     +-- InternalError         every other status; a fault of the daemon
     +-- EventsLost            a stream of events had a gap or a repeat
+    +-- ProbeFailed           a probe ended without an answer
 
 Nothing here imports grpc: `_status.py` makes these from what grpc raises.
 """
@@ -194,3 +195,7 @@ BY_CODE: dict[str, type[FinetunedError]] = {
         InternalError,
     )
 }
+
+
+class ProbeFailed(FinetunedError):
+    """A probe ended without an answer; `reason` says why, such as `DEVICE_OUT_OF_MEMORY`."""

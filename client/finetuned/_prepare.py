@@ -25,6 +25,7 @@ from finetuned._calls import (
     template_of,
     training_type_number,
 )
+from finetuned._checkpoints import resume_choice
 from finetuned._errors import NotFound
 from finetuned._parameters import convert, flatten, from_mapping
 from finetuned._violations import ParameterViolation, from_messages, from_shape
@@ -88,15 +89,20 @@ def estimate(
     device: str,
     template: str,
     task: str,
+    resume: str | os.PathLike[str],
 ) -> Steps[parameter_service.EstimateTaskResponse]:
     """EstimateTask."""
     check_texts(device=device, template=template, task=task)
+    choice, folder = resume_choice(resume)
     request = parameter_service.EstimateTaskRequest(
         parameters=from_mapping(parameters),
         device=device,
         template=(yield from resolve_template(template)) if template else "",
         task=(yield from resolve(task)) if task else "",
+        resume=choice,
     )
+    if folder:
+        request.parameters.data.resume_from_checkpoint = folder
     if training_type is not None:
         request.training_type = training_type_number(training_type)
     answer: parameter_service.EstimateTaskResponse = yield Call(

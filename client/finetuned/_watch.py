@@ -18,7 +18,7 @@ from finetuned._errors import (
 )
 from finetuned._session import Backoff
 from finetuned.v1.event_pb2 import Event
-from finetuned.v1.task_pb2 import TaskState
+from finetuned.v1.task_pb2 import EndReason, TaskState
 from finetuned.v1.task_service_pb2 import Snapshot, WatchTaskRequest, WatchTaskResponse
 
 ENDED = frozenset(
@@ -131,6 +131,9 @@ class Cursor:
         self._log_epoch = snapshot.log_epoch
         # Up to here it is history: ends of earlier runs among it end no watch.
         self._history_seq = task.last_seq
+        if task.state == TaskState.TASK_STATE_PENDING and self._seq:
+            # What has ended since is a probe of a task that was never started otherwise.
+            self._history_seq = self._seq
         self._end_seq = task.last_seq if task.state in ENDED else None
         self._finish_at_end()
 
@@ -141,10 +144,16 @@ class Cursor:
                 reason="SEQ_NOT_DENSE",
             )
         self._seq = event.seq
-        if event.seq > self._history_seq and event.state_change.new_state in ENDED:
+        if event.seq > self._history_seq and _is_end(event):
             self._end_seq = event.seq
         self._finish_at_end()
 
     def _finish_at_end(self) -> None:
         if self._until_end and self._end_seq is not None and self._seq >= self._end_seq:
             self.is_done = True
+
+
+def _is_end(event: Event) -> bool:
+    """Whether a run has ended, be it a probe after which its task is what it was before."""
+    change = event.state_change
+    return change.new_state in ENDED or change.end_reason != EndReason.END_REASON_UNSPECIFIED

@@ -11,6 +11,7 @@ from finetuned_daemon.requests import Repeats
 from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.ledger import Ledger
+from finetuned_daemon.store.measurement_rows import MeasurementRows
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.validation.judge import Judge
@@ -26,7 +27,9 @@ class App:
         self.worker = Worker(config)
         self.quota = Quota(config.training_quota, Ledger(database), records)
         self.judge = Judge(records, self.environment)
-        self.planner = Planner(self.worker, self.environment, records, self.quota)
+        self.planner = Planner(
+            self.worker, self.environment, records, self.quota, MeasurementRows(database)
+        )
         self.templates = TemplateManager(database, repeats)
         self.manager = Manager(
             config,

@@ -51,3 +51,8 @@ class Config:
     def runs_dir(self) -> Path:
         """Where run folders lie: `{task_id}/{number}`."""
         return self.paths.state_dir / "runs"
+
+    @property
+    def cache_dir(self) -> Path:
+        """What runs keep to be faster next time; may be removed at any time."""
+        return self.paths.state_dir / "cache"

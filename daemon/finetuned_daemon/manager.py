@@ -9,11 +9,12 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from finetuned_daemon.checkpoints import Checkpoints
 from finetuned_daemon.config import Config
 from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.environment.model import in_a_sentence
@@ -28,10 +29,10 @@ from finetuned_daemon.errors import (
 )
 from finetuned_daemon.events import build
 from finetuned_daemon.events.log import EventLog
+from finetuned_daemon.explain import Explainer
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planner import Planner
 from finetuned_daemon.requests import (
-    Given,
     Repeats,
     RequestId,
     check_display_name,
@@ -43,13 +44,14 @@ from finetuned_daemon.requests import (
 )
 from finetuned_daemon.runs import scheduler
 from finetuned_daemon.runs.bundle import Bundle
-from finetuned_daemon.runs.contract import StopWish, TrainingType
+from finetuned_daemon.runs.contract import Notice, StopWish, TrainingType
 from finetuned_daemon.runs.keeper import Keeper
 from finetuned_daemon.runs.outputs import Deleted, delete_outputs
 from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.runs.supervisor import Supervisor
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.records import Records
+from finetuned_daemon.task_requests import Edit, NewTask, StartOptions
 from finetuned_daemon.tasks import (
     ACTIVE,
     Run,
@@ -62,6 +64,7 @@ from finetuned_daemon.tasks import (
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.templates import Template
 from finetuned_daemon.texts import Text
+from finetuned_daemon.validation.checkpoint import check_hashes
 from finetuned_daemon.validation.judge import Judge
 
 _log = logging.getLogger(__name__)
@@ -70,35 +73,6 @@ _DISK_FULL_RETRY_SECONDS = 5.0
 _MOST_RUNS = 1_000_000
 
 _EDITABLE = ("display_name", "device", "template", "parameters")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewTask:
-    """A task as asked for."""
-
-    training_type: TrainingType | None
-    parameters: Given
-    display_name: str = ""
-    device: str = ""
-    template: str = ""
-    """Resource name of the template that absent parameters come from."""
-    task_id: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edit:
-    """A change of a task as asked for."""
-
-    parameters: Given
-    display_name: str = ""
-    device: str = ""
-    template: str = ""
-    paths: Sequence[str] = ()
-    """What to change; empty: what is given."""
-
-    def changes(self, field: str) -> bool:
-        """Whether the edit is about this field of the task."""
-        return field in self.paths if self.paths else bool(getattr(self, field))
 
 
 class Manager:
@@ -129,8 +103,9 @@ class Manager:
         self._judge = judge
         self._planner = planner
         self._environment = environment
-        self._keeper = Keeper(database, self.records, self.events)
+        self._keeper = Keeper(database, self.records, self.events, Explainer(environment))
         self._supervisor = Supervisor(config, self._keeper, quota, self._fill_devices)
+        self.checkpoints = Checkpoints(database, self.records, self.events)
         self._deleting: set[int] = set()
         self._stopping = False
 
@@ -357,21 +332,31 @@ class Manager:
 
     # --- start, stop
 
-    async def start(self, name: str, *, etag: str, request: RequestId[Task] | None) -> Task | bytes:
+    async def start(
+        self,
+        name: str,
+        *,
+        etag: str,
+        request: RequestId[Task] | None,
+        options: StartOptions = StartOptions(),  # noqa: B008 - frozen
+    ) -> Task | bytes:
         """Starts a new run; it waits in the queue while its device is busy.
 
         Raises:
             NotFound: There is no such task.
             StaleEtag: It has changed.
-            WrongState: It is queued or running already, or the training environment can't run.
+            WrongState: It is queued or running already, the training environment can't run, or
+                there is no such checkpoint to resume.
             InvalidRequest: With every wrong or missing parameter.
         """
         answered = self._repeats.answered(request)
         if answered is not None:
             return answered
         task = self._idle(name, etag)
+        resumed = await self.checkpoints.resume(task, options)
+        parameters = resumed.parameters
         judgement = await self._judge.judge(
-            task.parameters.model_dump(exclude_none=True),
+            parameters.model_dump(exclude_none=True),
             task.training_type,
             task.device,
             complete=True,
@@ -380,20 +365,38 @@ class Manager:
         if judgement.errors:
             raise InvalidRequest(judgement.errors)
         device = judgement.device.id
-        planned = await self._prepare_start(task.parameters, task.training_type, device)
+        planned = await self._prepare_start(
+            parameters, task.training_type, device, is_probe=options.probe
+        )
         answered = self._repeats.answered(request)
         if answered is not None:
             return answered
         now = self._idle(name, etag)
         if now.revision != task.revision:
             raise StaleEtag(task.name)
-        self._check_quota(now.parameters, planned)
-        return self._enqueue(now, device, planned, lambda c, t: self._repeats.keep(c, request, t))
+        self._check_quota(parameters, planned)
+        return self._enqueue(
+            now,
+            device,
+            planned,
+            lambda c, t: self._repeats.keep(c, request, t),
+            parameters=parameters,
+            notices=resumed.notices,
+            is_probe=options.probe,
+        )
 
     async def _prepare_start(
-        self, parameters: Parameters, training_type: TrainingType, device: str
+        self,
+        parameters: Parameters,
+        training_type: TrainingType,
+        device: str,
+        *,
+        is_probe: bool = False,
     ) -> int:
-        """Checks environment and quota; returns the checkpoints that the run is planned to save."""
+        """Checks environment and quota; returns the checkpoints that the run is planned to save.
+
+        A probe saves none.
+        """
         wrong = await self._environment.before_start(parameters, device)
         if wrong:
             raise WrongState(
@@ -401,6 +404,11 @@ class Manager:
                 "ENVIRONMENT_NOT_READY",
                 f"this machine can't train: {in_a_sentence(wrong)}",
             )
+        violations = await asyncio.to_thread(check_hashes, parameters, training_type)
+        if violations:
+            raise InvalidRequest(violations)
+        if is_probe:
+            return 0
         planned, violations = await self._planner.check_quota(parameters, training_type)
         if violations:
             raise InvalidRequest(violations)
@@ -421,7 +429,7 @@ class Manager:
                 "TASK_NOT_ACTIVE",
                 f"{task.name} is {task.state.lower()}; there is nothing to stop",
             )
-        wish = StopWish.DISCARD if discard else StopWish.SAVE
+        wish = StopWish.DISCARD if discard or run.is_probe else StopWish.SAVE
         if run.state is TaskState.QUEUED:
             self._keeper.dequeued(run, wish)
         else:
@@ -442,16 +450,30 @@ class Manager:
         device: str,
         planned_checkpoints: int,
         also: Callable[[sqlite3.Connection, Task], None],
+        *,
+        parameters: Parameters | None = None,
+        notices: Sequence[Notice] = (),
+        is_probe: bool = False,
     ) -> Task:
-        """Queues a new run, and starts it where its device is free; the task as it was queued."""
+        """Queues a new run, and starts it where its device is free; the task as it was queued.
+
+        Without `parameters` of its own the run has the task's.
+
+        Raises:
+            WrongState: The checkpoint that it would go on from is being deleted.
+        """
+        parameters = parameters or task.parameters
+        self.checkpoints.check_there(parameters)
         run = Run(
             task_key=task.key,
-            number=task.run + 1,
+            # Not the task's: that is the one before a probe.
+            number=next((run.number for run in self.records.runs(task.key, limit=1)), 0) + 1,
             device=device,
-            parameters=task.parameters,
+            parameters=parameters,
             planned_checkpoints=planned_checkpoints,
+            is_probe=is_probe,
         )
-        task, _ = self._keeper.enqueue(task, run, also)
+        task, _ = self._keeper.enqueue(task, run, also, notices)
         self._fill_devices()
         return task
 

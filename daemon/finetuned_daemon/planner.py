@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetuned_daemon.dataset.report import Measured, MeasureRequest
 from finetuned_daemon.dataset.scan import scan
@@ -15,6 +13,7 @@ from finetuned_daemon.dataset.worker import Worker
 from finetuned_daemon.devices import Device
 from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.errors import DaemonError, InvalidRequest, Severity, TooMany, Violation
+from finetuned_daemon.measurements import device_key, model_key
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.model_files import (
     ModelFiles,
@@ -25,13 +24,18 @@ from finetuned_daemon.planning.model_files import (
 from finetuned_daemon.planning.plan import Plan, make_plan
 from finetuned_daemon.planning.schedule import Schedule, plan_schedule, split_sizes
 from finetuned_daemon.runs.contract import TrainingType
-from finetuned_daemon.runs.manifest import MANIFEST
 from finetuned_daemon.runs.quota import Quota
+from finetuned_daemon.store.measurement_rows import MeasurementRows
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import by_severity
-from finetuned_daemon.validation.checkpoint import nothing_left
+from finetuned_daemon.validation.checkpoint import (
+    nothing_left,
+    read_manifest,
+    resumed_folder,
+)
 from finetuned_daemon.validation.judge import Judgement
+from finetuned_daemon.validation.resume import ResumePlan, plan_resume
 from finetuned_daemon.validation.rules import (
     check_evaluations,
     check_warmup,
@@ -50,18 +54,26 @@ class Estimate:
     """Checkpoints that the quota has left; None: no quota."""
     device: Device
     violations: list[Violation]
+    resume: ResumePlan | None = None
+    """What it means to go on from a checkpoint; None: the run begins anew."""
 
 
 class Planner:
     """Estimates, and the quota that a plan takes."""
 
     def __init__(
-        self, worker: Worker, environment: Environment, records: Records, quota: Quota
+        self,
+        worker: Worker,
+        environment: Environment,
+        records: Records,
+        quota: Quota,
+        measurements: MeasurementRows,
     ) -> None:
         self._worker = worker
         self._environment = environment
         self._records = records
         self._quota = quota
+        self._measurements = measurements
 
     async def estimate(self, judgement: Judgement, training_type: TrainingType) -> Estimate:
         """What a run with parameters that are in order will do and take.
@@ -90,6 +102,11 @@ class Planner:
                 resume_step=resume_step(parameters, training_type),
                 tokens_per_second=self._speed(parameters, training_type, judgement.device),
                 runtime_bytes=probe.runtime_bytes if probe else 0,
+                measurements=self._measurements.of(
+                    await asyncio.to_thread(model_key, model.path),
+                    device_key(judgement.device),
+                    training_type,
+                ),
             )
         except ModelUnreadable as error:  # its files, or a PEFT configuration that asks too much
             field = "lora.peft_config_path" if parameters.lora.peft_config_path else _MODEL
@@ -101,7 +118,8 @@ class Planner:
             *_check_room(plan),
         ]
         violations = judgement.violations + [v for v in more if v.reason not in known]
-        return Estimate(plan, self._quota.left(), judgement.device, by_severity(violations))
+        resume = await asyncio.to_thread(_plan_resume, parameters, training_type, plan)
+        return Estimate(plan, self._quota.left(), judgement.device, by_severity(violations), resume)
 
     async def with_plan(self, judgement: Judgement, training_type: TrainingType) -> list[Violation]:
         """The violations of parameters that are in order so far, and those of their plan."""
@@ -208,12 +226,24 @@ def _schedule(parameters: Parameters, training_type: TrainingType, samples: int)
 
 def resume_step(parameters: Parameters, training_type: TrainingType) -> int:
     """Step of the checkpoint that a run goes on from; 0 where it begins anew."""
-    data = parameters.data
-    attaches = training_type is TrainingType.SFT and parameters.lora.use_lora and data.attach_lora
-    if not data.resume_from_checkpoint or attaches:
-        return 0
-    manifest: Any = json.loads((Path(data.resume_from_checkpoint) / MANIFEST).read_bytes())
-    return int(manifest["step"])
+    folder = resumed_folder(parameters, training_type)
+    return read_manifest(folder).step if folder else 0
+
+
+def _plan_resume(
+    parameters: Parameters, training_type: TrainingType, plan: Plan
+) -> ResumePlan | None:
+    folder = resumed_folder(parameters, training_type)
+    if folder is None:
+        return None
+    return plan_resume(
+        folder,
+        read_manifest(folder),
+        parameters,
+        training_type,
+        total_steps=plan.schedule.total_steps,
+        samples=plan.train_samples if plan.exact else 0,
+    )
 
 
 def _check_quota(parameters: Parameters, planned: int, left: int) -> list[Violation]:

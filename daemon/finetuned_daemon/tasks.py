@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import (
@@ -39,8 +42,10 @@ ACTIVE = frozenset({TaskState.QUEUED, TaskState.RUNNING})
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.PENDING: frozenset({TaskState.QUEUED}),
     # A queued task is stopped at once; one that can't be started any more fails.
-    TaskState.QUEUED: frozenset({TaskState.RUNNING, TaskState.STOPPED, TaskState.FAILED}),
-    TaskState.RUNNING: ENDED,
+    # A probe leads back to what was before it.
+    TaskState.QUEUED: ENDED | {TaskState.RUNNING, TaskState.PENDING},
+    # To the queue at once where running out of memory is retried: watchers see no end between.
+    TaskState.RUNNING: ENDED | {TaskState.QUEUED, TaskState.PENDING},
     TaskState.COMPLETED: frozenset({TaskState.QUEUED}),
     TaskState.STOPPED: frozenset({TaskState.QUEUED}),
     TaskState.FAILED: frozenset({TaskState.QUEUED}),
@@ -71,37 +76,92 @@ class End:
     """What an end reason means."""
 
     state: TaskState
-    sentence: str
+    sentence: Text
     """What a user reads where the runner has no better one."""
 
 
 ENDS: dict[EndReason, End] = {
-    EndReason.FINISHED: End(TaskState.COMPLETED, "All epochs are done."),
-    EndReason.EARLY_STOPPED: End(TaskState.COMPLETED, "The evaluation loss improved no more."),
-    EndReason.STEP_LIMIT: End(TaskState.COMPLETED, "max_steps is reached."),
-    EndReason.STOPPED_BY_USER: End(TaskState.STOPPED, "Stopped on request."),
+    EndReason.FINISHED: End(TaskState.COMPLETED, Text("All epochs are done.", "已完成全部轮数。")),
+    EndReason.EARLY_STOPPED: End(
+        TaskState.COMPLETED, Text("The evaluation loss improved no more.", "评估损失不再改善。")
+    ),
+    EndReason.STEP_LIMIT: End(
+        TaskState.COMPLETED, Text("max_steps is reached.", "已达到 max_steps。")
+    ),
+    EndReason.STOPPED_BY_USER: End(
+        TaskState.STOPPED, Text("Stopped on request.", "已按请求停止。")
+    ),
     EndReason.DEVICE_OUT_OF_MEMORY: End(
-        TaskState.FAILED,
-        "The device ran out of memory; a smaller training.batch_size needs less.",
+        TaskState.FAILED, Text("The device ran out of memory.", "设备内存（显存）不足。")
     ),
-    EndReason.HOST_OUT_OF_MEMORY: End(TaskState.FAILED, "The machine ran out of memory."),
+    EndReason.HOST_OUT_OF_MEMORY: End(
+        TaskState.FAILED, Text("The machine ran out of memory.", "主机内存不足。")
+    ),
     EndReason.DISK_FULL: End(
-        TaskState.FAILED, "No space is left on the disk; a checkpoint that was saved is whole."
+        TaskState.FAILED,
+        Text(
+            "No space is left on the disk; a checkpoint that was saved is whole.",
+            "磁盘空间已用尽；已保存的检查点是完整的。",
+        ),
     ),
-    EndReason.DATASET_INVALID: End(TaskState.FAILED, "The data can't be used."),
-    EndReason.MODEL_UNLOADABLE: End(TaskState.FAILED, "The model can't be loaded."),
+    EndReason.DATASET_INVALID: End(
+        TaskState.FAILED, Text("The data can't be used.", "数据无法使用。")
+    ),
+    EndReason.MODEL_UNLOADABLE: End(
+        TaskState.FAILED, Text("The model can't be loaded.", "模型无法加载。")
+    ),
     EndReason.LOSS_NOT_FINITE: End(
-        TaskState.FAILED, "The loss is not a number any more; try a lower learning rate."
+        TaskState.FAILED, Text("The loss is not a number any more.", "损失已不是有限的数值。")
     ),
-    EndReason.DEVICE_LOST: End(TaskState.FAILED, "The device went away."),
-    EndReason.RUNNER_KILLED: End(TaskState.FAILED, "A signal ended the runner."),
-    EndReason.RUNNER_CRASHED: End(TaskState.FAILED, "The runner ended with an error."),
+    EndReason.DEVICE_LOST: End(TaskState.FAILED, Text("The device went away.", "设备已丢失。")),
+    EndReason.RUNNER_KILLED: End(
+        TaskState.FAILED, Text("A signal ended the runner.", "训练进程被信号终止。")
+    ),
+    EndReason.RUNNER_CRASHED: End(
+        TaskState.FAILED, Text("The runner ended with an error.", "训练进程因错误退出。")
+    ),
     EndReason.INTERRUPTED: End(
         TaskState.FAILED,
-        "The runner ended while no daemon watched, and left no result; start the task again.",
+        Text(
+            "The runner ended while no daemon watched, and left no result; start the task again.",
+            "训练进程在没有守护进程监视时结束，且没有留下结果；请重新启动任务。",
+        ),
     ),
-    EndReason.QUOTA_USED_UP: End(TaskState.STOPPED, "The training quota is used up."),
+    EndReason.QUOTA_USED_UP: End(
+        TaskState.STOPPED, Text("The training quota is used up.", "训练配额已用尽。")
+    ),
+    EndReason.PROBED: End(
+        TaskState.COMPLETED,
+        Text(
+            "What a run takes was measured; nothing was trained.",
+            "已测量运行所需资源；未进行训练。",
+        ),
+    ),
 }
+
+
+class Standing(BaseModel):
+    """What a task shows of its latest run; fields as in `Task`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: TaskState
+    end_reason: EndReason | None
+    end_message: str
+    run: int
+    progress: Progress
+    last_checkpoint: str
+    start_time: int
+    end_time: int
+
+    @classmethod
+    def of(cls, task: Task) -> Standing:
+        """What `task` shows now."""
+        return cls(**{name: getattr(task, name) for name in cls.model_fields})
+
+    def shown(self) -> dict[str, Any]:
+        """What becomes of a task that shows it again."""
+        return {name: getattr(self, name) for name in Standing.model_fields}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +191,8 @@ class Task:
     end_time: int = 0
     last_seq: int = 0
     revision: int = 1
+    before_probe: Standing | None = None
+    """While a probe of it is queued or runs: what it was before."""
 
     @property
     def name(self) -> str:
@@ -174,6 +236,13 @@ class Run:
     """Checkpoints that it was expected to save when it was started; 0 where nobody asked."""
     saved_checkpoints: int = 0
     """Checkpoints that it has saved."""
+    retry: int = 0
+    """How many runs in a row were started by themselves after memory ran out, this one included.
+
+    0: somebody started it.
+    """
+    is_probe: bool = False
+    """It only measures what a run takes."""
     ingested_bytes: int = 0
     """How far its `events.jsonl` has been taken over."""
     ingested_seq: int = 0

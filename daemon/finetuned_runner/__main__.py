@@ -47,6 +47,7 @@ _SUCCESSES = frozenset(
         EndReason.STEP_LIMIT,
         EndReason.STOPPED_BY_USER,
         EndReason.QUOTA_USED_UP,
+        EndReason.PROBED,
     }
 )
 
@@ -136,14 +137,17 @@ def _run(run_dir: Path, report: Report, watch: Watch) -> Result:
 
 
 def _train(spec: Spec, report: Report, watch: Watch) -> Result:
+    from finetuned_runner import data
+
+    prepared = data.begin(spec, report)
     # Imported here: both bring torch, which reads the environment once.
     if spec.training_type is TrainingType.SFT:
         from finetuned_runner import sft
 
-        return sft.run(spec, report, watch)
+        return sft.run(spec, report, watch, prepared)
     from finetuned_runner import pretrain
 
-    return pretrain.run(spec, report, watch)
+    return pretrain.run(spec, report, watch, prepared)
 
 
 def _leave(status: int) -> NoReturn:

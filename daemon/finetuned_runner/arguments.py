@@ -26,6 +26,8 @@ _CHECKPOINTING = next(
     if name in TrainingArguments.__dataclass_fields__
 )
 
+_PAGED = "paged_adamw_8bit"
+
 
 # --- precision
 
@@ -99,7 +101,7 @@ def training_arguments(
     report: Report,
 ) -> TrainingArguments:
     """The arguments of transformers' Trainer."""
-    data, training = parameters.data, parameters.training
+    data, training, extensions = parameters.data, parameters.training, parameters.extensions
     on_gpu = device != "cpu"
     if data.dataloader_pin_memory and not on_gpu:
         report.notice(
@@ -124,7 +126,7 @@ def training_arguments(
         _CHECKPOINTING: parameters.optimization.gradient_checkpointing,
         f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False},
         # optimizer and schedule
-        "optim": _optimizer(parameters, report),
+        "optim": _optimizer(parameters, device, report),
         "learning_rate": training.learning_rate,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
@@ -147,7 +149,11 @@ def training_arguments(
         "logging_nan_inf_filter": False,  # it would hide a loss that is not finite
         "log_level": parameters.logging.log_level,
         "disable_tqdm": True,
-        "report_to": "none",
+        # extensions
+        "neftune_noise_alpha": extensions.neftune_noise_alpha or None,
+        "use_liger_kernel": extensions.use_liger_kernel,
+        "torch_compile": extensions.torch_compile,
+        "report_to": extensions.report_to,
     }
     return TrainingArguments(**arguments)
 
@@ -167,7 +173,7 @@ def scheduler_options(training: TrainingParameters) -> dict[str, int]:
     return {}
 
 
-def _optimizer(parameters: Parameters, report: Report) -> str:
+def _optimizer(parameters: Parameters, device: str, report: Report) -> str:
     name = effective_optimizer(parameters)
     if parameters.optimization.use_8bit_optimizer and not name.endswith("8bit"):
         report.notice(
@@ -177,6 +183,14 @@ def _optimizer(parameters: Parameters, report: Report) -> str:
         )
     if name.endswith("8bit"):
         need_bitsandbytes(f"The optimizer {name}", EndReason.RUNNER_CRASHED)
+    if name == _PAGED and device == "cpu":
+        report.notice(
+            "training.optimizer",
+            "PAGED_OPTIMIZER_WITHOUT_GPU",
+            "The state of the optimizer is paged between GPU and host; without a GPU there is "
+            "nothing to page, and it runs as adamw_8bit.",
+        )
+        return "adamw_8bit"
     return name
 
 
@@ -198,7 +212,7 @@ def lora_config(parameters: Parameters, report: Report) -> LoraConfig:
     Raises:
         RunFailed: MODEL_UNLOADABLE, if the file is no LoRA configuration.
     """
-    lora = parameters.lora
+    lora, extensions = parameters.lora, parameters.extensions
     if lora.peft_config_path:
         report.notice(
             "lora.peft_config_path",
@@ -213,6 +227,9 @@ def lora_config(parameters: Parameters, report: Report) -> LoraConfig:
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=list(lora.lora_target_modules),
+        use_rslora=extensions.use_rslora,
+        use_dora=extensions.use_dora,
+        init_lora_weights="pissa" if extensions.lora_init == "pissa" else True,
     )
 
 

@@ -1,28 +1,36 @@
-"""Which characters of a rendered chat are the assistant's: its content and end-of-turn token.
+"""Which characters of a rendered chat are the assistant's: all it has to say, to its end of turn.
 
 A template with `{% generation %}` blocks says so itself. For every other one two independent
 methods must agree:
 
-growing prefixes    The chat up to a turn, with the generation prompt, must be how the whole
-                    rendering begins: the turn starts there at the earliest. The chat through the
-                    turn shows where it ends.
-tracked contents    The same chat is rendered with a unique word in place of every content. What
-                    stands between the words is the template's own text. Laid over the real
-                    rendering it shows where each content stands; what follows a turn both in
-                    mid-chat and at the end of a chat is its end of turn.
+origins             The template is rendered so that the origin of every character is known: which
+                    message's text it is, or the template's own, and at which message the template
+                    wrote it (`chat_mask_tracking`). What it writes at an assistant message is that
+                    turn; nobody else's text may stand in it, and its contents nowhere else.
+growing prefixes    The chat up to a turn, with the generation prompt, shows how the turn is asked
+                    for: all before it must be written the same in the whole chat, earlier answers
+                    aside, which some templates shorten. A plain word in place of the turn, within
+                    the chat and at its end, shows where the template's header ends and what ends
+                    the turn, however its contents imitate that.
 
-A turn's span begins at its content, or at the blanks that the template puts between generation
-prompt and content (they are one token with the content's first word in many tokenizers), and ends
-with the end-of-turn token. A line feed that follows is not learned: generation stops before it.
-Neither is text that the template itself puts before the content, such as an empty reasoning block.
-Where the methods fail or differ the chat is refused: a wrong mask is a model that learns the user's
-part.
+A turn's span begins where the generation prompt ends, and ends with the end-of-turn token. Text
+that the template adds between is part of it, such as the marks around a tool call; an empty
+reasoning block is not, nor a header that the generation prompt lacks. A line feed behind the end is
+not learned: generation stops before it. Where the methods fail or differ the chat is refused: a
+wrong mask is a model that learns the user's part.
+
+The second method is asked once for all chats in which the template's own text is the same
+(`_LARGEST_CACHE` of them at a time); the first, and that the text is what transformers renders, for
+every chat.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -30,16 +38,26 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetuned_daemon.dataset.formats import Message
+from finetuned_runner.chat_mask_tracking import NOWHERE, Field, Trace, Tracker
+from finetuned_runner.chat_mask_turns import (
+    MaskError,
+    Turn,
+    content_text,
+    find_turns,
+    skeleton,
+    stretches,
+)
+
+__all__ = ["ChatMask", "MaskError", "Rendered", "Span"]
 
 Span = tuple[int, int]
 """First character, and the one after the last."""
 
+_Dict = dict[str, Any]
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_WORD = re.compile(r"Zq(\d+)xW")
-
-
-class MaskError(Exception):
-    """It is not certain which text of a chat is the assistant's; the message says why."""
+_EMPTY_BLOCK = re.compile(r"\s*<([^<>/]+)>\s*</\1>\s*")
+_WORDS = ("Zq0xW", "Zq1xW")
+_LARGEST_CACHE = 4096
 
 
 @dataclass(frozen=True)
@@ -51,25 +69,15 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class _Skeleton:
-    """A rendering without its contents: text, content, text, content ... text."""
+class _Frame:
+    """What the prefixes say of a turn, in characters."""
 
-    texts: list[str]
-    """One more than contents."""
-    order: list[int]
-    """Index of the message whose content stands at each place."""
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """Where an assistant turn stands in a rendering."""
-
-    content_start: int
-    content_end: int
-    end: int
-    """Behind the end-of-turn token."""
-    tail: str
-    """All that follows the content where the chat ends with this turn."""
+    header: int | None
+    """From its beginning to the end of its generation prompt; None: it can't be told."""
+    tail: int
+    """From the last that an assistant says there, but for the end of turn, to the turn's end."""
+    rest: int
+    """From behind the end-of-turn token to the turn's end."""
 
 
 class ChatMask:
@@ -86,177 +94,328 @@ class ChatMask:
         self.has_generation_blocks = _GENERATION_BLOCK.search(self._template) is not None
         tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()}
         tokens.update(str(token) for token in tokenizer.all_special_tokens)
-        self._end_token = re.compile(
+        self._tokens = re.compile(
             "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
         )
-        self._skeletons: dict[tuple[str, ...], _Skeleton | str] = {}
+        self._special = {
+            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
+        self._special.update(str(token) for token in tokenizer.all_special_tokens)
+        self._eos = str(tokenizer.eos_token) if tokenizer.eos_token else None
+        self._bos = str(tokenizer.bos_token) if tokenizer.bos_token else None
+        self._tracker: Tracker | None = None
+        self._frames: dict[tuple[object, ...], dict[int, _Frame]] = {}
 
-    def render(self, messages: list[Message]) -> Rendered:
+    def render(self, messages: Sequence[Message], tools: Sequence[_Dict] | None = None) -> Rendered:
         """Renders a chat.
+
+        Args:
+            messages: The chat.
+            tools: Descriptions of the tools that the assistant may call, as JSON schemas.
 
         Raises:
             MaskError: The template refuses the chat, or the assistant's text is not certain.
         """
+        prepared = self._prepare(messages)
+        listed = list(tools) if tools else None
         if self.has_generation_blocks:
-            return self._by_generation_blocks(messages)
-        whole = self._render(messages)
-        tracked = self._track(messages, whole)
-        spans: list[Span] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            earliest = spans[-1][1] if spans else 0
-            if isinstance(tracked, str):
-                spans.append(self._by_prefixes_alone(messages, index, whole, earliest, tracked))
-            else:
-                spans.append(self._checked(messages, index, whole, earliest, tracked[index]))
-        return Rendered(whole, spans)
+            text, spans = self._call(prepared, listed, return_assistant_tokens_mask=True)
+            return Rendered(text, [(start, end) for start, end in spans if start < end])
+        trace = self._trace(prepared, listed)
+        turns = find_turns(prepared, trace)
+        key = skeleton(prepared, listed, trace)
+        frames = self._frames.get(key)
+        if frames is None:
+            frames = {
+                index: self._frame(prepared, listed, trace, turn) for index, turn in turns.items()
+            }
+            if len(self._frames) >= _LARGEST_CACHE:
+                self._frames.clear()
+            self._frames[key] = frames
+        return Rendered(
+            trace.text,
+            [
+                self._span(prepared[index], trace.text, turn, frames[index])
+                for index, turn in turns.items()
+            ],
+        )
 
-    def _render(self, messages: list[Message], *, generation_prompt: bool = False) -> str:
-        if not messages:  # many templates look at the first message
-            return ""
-        return self._call(messages, add_generation_prompt=generation_prompt)[0]
+    def write(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[_Dict] | None = None,
+        *,
+        generation_prompt: bool = False,
+    ) -> str:
+        """A chat as the template writes it, whatever of it is learned.
 
-    def _call(self, messages: list[Message], **options: Any) -> tuple[str, list[Span]]:
+        Raises:
+            MaskError: The template refuses the chat.
+        """
+        listed = list(tools) if tools else None
+        return self._call(self._prepare(messages), listed, add_generation_prompt=generation_prompt)[
+            0
+        ]
+
+    # --- rendering
+
+    def _prepare(self, messages: Sequence[Message]) -> list[_Dict]:
+        """Messages as the template reads them."""
+        prepared: list[_Dict] = []
+        for message in messages:
+            written: _Dict = {**message}
+            if "reasoning_content" in message:  # the name that gpt-oss reads
+                written["thinking"] = message["reasoning_content"]
+            if self._wants_parts:
+                written["content"] = _parts(message["content"])
+            if "tool_calls" in message and self._wants_json:
+                written["tool_calls"] = [_with_json(call) for call in message["tool_calls"]]
+            prepared.append(written)
+        return prepared
+
+    def _writes(self, content: Callable[[str], object], *further: _Dict) -> bool:
+        """Whether a question and an answer stand in what the template makes of them."""
+        asked, answered = _WORDS
+        chat = [
+            {"role": "user", "content": content(asked)},
+            *further,
+            {"role": "assistant", "content": content(answered)},
+        ]
+        try:
+            text = self._call(chat, None)[0]
+        except MaskError:
+            return False
+        return asked in text and answered in text
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template reads contents only where they are lists of parts."""
+        return not self._writes(str) and self._writes(_parts)
+
+    @cached_property
+    def _wants_json(self) -> bool:
+        """Whether the template reads the arguments of tool calls only as JSON text (DeepSeek)."""
+        function = {"name": _WORDS[0], "arguments": {_WORDS[0]: _WORDS[0]}}
+        call: _Dict = {"id": "call00001", "type": "function", "function": function}
+        answer = {"role": "tool", "name": _WORDS[0], "tool_call_id": "call00001", "content": "1"}
+
+        def writes(call: _Dict) -> bool:
+            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return self._writes(str, calling, answer)
+
+        return not writes(call) and writes(_with_json(call))
+
+    def _call(
+        self, messages: list[_Dict], tools: list[_Dict] | None, **options: Any
+    ) -> tuple[str, list[Span]]:
         render: Any = render_jinja_template
         try:
             texts, spans = render(
                 conversations=[messages],
+                tools=tools,
                 chat_template=self._template,
                 **options,
                 **self._variables,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+        ) as error:
             raise MaskError(f"the chat template refuses the chat: {error}") from error
         return texts[0], spans[0] if spans else []
 
-    # --- the template says so
-
-    def _by_generation_blocks(self, messages: list[Message]) -> Rendered:
-        text, spans = self._call(messages, return_assistant_tokens_mask=True)
-        return Rendered(text, [(start, end) for start, end in spans if start < end])
-
-    # --- tracked contents
-
-    def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton | str:
-        """The skeleton of chats with these roles, or why there is none."""
-        if roles not in self._skeletons:
-            self._skeletons[roles] = self._make_skeleton(roles)
-        return self._skeletons[roles]
-
-    def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | str:
-        words = [Message(role=role, content=f"Zq{index}xW") for index, role in enumerate(roles)]
+    def _trace(
+        self, messages: list[_Dict], tools: list[_Dict] | None, *, generation_prompt: bool = False
+    ) -> Trace:
+        """The rendering with its origins, which must be what transformers itself renders."""
+        text, _ = self._call(messages, tools, add_generation_prompt=generation_prompt)
+        if self._tracker is None:
+            self._tracker = Tracker(self._template, self._variables)
         try:
-            rendered = self._render(words)
-        except MaskError as error:
-            return str(error)
-        order = [int(match[1]) for match in _WORD.finditer(rendered)]
-        assistants = [index for index, role in enumerate(roles) if role == "assistant"]
-        if [index for index in order if index in assistants] != assistants or len(set(order)) < len(
-            order
-        ):
-            return "the template drops, repeats or reorders contents"
-        return _Skeleton(_WORD.split(rendered)[::2], order)
-
-    def _track(self, messages: list[Message], whole: str) -> dict[int, _Turn] | str:
-        """Where each assistant turn stands, by index of its message; or why it can't be said."""
-        roles = tuple(message["role"] for message in messages)
-        skeleton = self._skeleton(roles)
-        if isinstance(skeleton, str):
-            return skeleton
-        contents = self._lay(skeleton, messages, whole)
-        if contents is None:
-            return "the template changes contents, or its own text with them"
-        found: dict[int, _Turn] = {}
-        for place, index in enumerate(skeleton.order):
-            if roles[index] != "assistant":
-                continue
-            ended = self._skeleton(roles[: index + 1])
-            if isinstance(ended, str):
-                return ended
-            if ended.order[-1] != index:
-                return "the template reorders contents"
-            tail = ended.texts[-1]
-            end = self._end_of_turn(skeleton.texts[place + 1], tail)
-            if end is None:
-                return "no end-of-turn token follows the assistant's turns"
-            start, stop = contents[index]
-            found[index] = _Turn(start, stop, stop + end, tail)
-        return found
-
-    @staticmethod
-    def _lay(skeleton: _Skeleton, messages: list[Message], whole: str) -> dict[int, Span] | None:
-        """Lays a skeleton over a rendering: the span of each content, None if they don't fit."""
-        if not whole.startswith(skeleton.texts[0]):
-            return None
-        spans: dict[int, Span] = {}
-        position = len(skeleton.texts[0])
-        for index, text in zip(skeleton.order, skeleton.texts[1:], strict=True):
-            content = messages[index]["content"]
-            # Templates trim contents, or leave them as they are.
-            for variant in dict.fromkeys(
-                (content, content.lstrip(), content.rstrip(), content.strip())
-            ):
-                end = position + len(variant)
-                if whole.startswith(variant, position) and whole.startswith(text, end):
-                    break
-            else:
-                return None
-            spans[index] = (position, end)
-            position = end + len(text)
-        return spans if position == len(whole) else None
-
-    def _end_of_turn(self, in_chat: str, at_end: str) -> int | None:
-        """How far after the content the turn ends; None if both share no end-of-turn token."""
-        match = self._end_token.search(_common_beginning(in_chat, at_end))
-        return match.end() if match else None
+            trace = self._tracker.render(messages, tools, generation_prompt=generation_prompt)
+        except Exception as error:
+            raise MaskError(f"the chat template can't be followed: {error}") from error
+        if trace.text != text:
+            raise MaskError("the chat template can't be followed: it writes another text")
+        return trace
 
     # --- growing prefixes
 
-    def _start(self, messages: list[Message], index: int, whole: str) -> int:
-        """Where the generation prompt of a turn ends."""
-        prompt = self._render(messages[:index], generation_prompt=True)
-        if not whole.startswith(prompt):
+    def _frame(
+        self, messages: list[_Dict], tools: list[_Dict] | None, trace: Trace, turn: Turn
+    ) -> _Frame:
+        """How a turn is asked for and ends, held against the same turn with a plain word."""
+        index, text = turn.index, trace.text
+        written = text[turn.start : turn.stop]
+        before = text[turn.start : turn.first] if turn.own else written
+        has_calls = bool(messages[index].get("tool_calls"))
+        header: str | None
+        header, last_tail = self._around_word([*messages[:index], self._word()], tools, index)
+        if not self._end_of_turn(last_tail, after_calls=False):
+            raise MaskError(f"no end-of-turn token follows messages[{index}]")
+        tail = last_tail
+        if index + 1 < len(messages):
+            try:
+                header, tail = self._around_word(messages, tools, index)
+            except MaskError:
+                if not has_calls:
+                    raise
+                header, tail = None, ""  # what follows may need the calls
+        if not turn.own and written != f"{header}{tail}":
+            raise MaskError(f"the template writes messages[{index}] differently without text")
+        if tail and written.endswith(tail) and turn.last <= turn.stop - len(tail):
+            end = self._common_end(index, tail, last_tail, after_calls=False)
+        elif has_calls:
+            tail = text[turn.last : turn.stop]
+            ends: list[int] = []
+            ended = messages[: index + 1]
+            for chat in (ended, [*ended, *map(self._result, messages[index]["tool_calls"])]):
+                other = self._trace(chat, tools)
+                same = find_turns(chat, other)[index]
+                at_end = other.text[same.last : same.stop]
+                ends.append(self._common_end(index, tail, at_end, after_calls=True))
+            end = min(ends)
+        else:
+            raise MaskError(f"no end-of-turn token follows messages[{index}]")
+        prompt = self._prompt(messages, tools, trace, turn)
+        rest = len(tail) - end
+        # Without a generation prompt only a plain turn shows where the template's header ends.
+        if before.startswith(prompt) and (prompt.strip() or not before.strip()):
+            return _Frame(len(prompt), len(tail), rest)
+        if header is not None and before.startswith(header):
+            return _Frame(len(header), len(tail), rest)
+        # What every way of asking begins with, such as the mark that opens a block of reasoning, is
+        # never the model's to say.
+        asked = [way for way in (prompt, header or "") if way.strip()]
+        if asked and all(way.startswith(before) for way in asked):
+            return _Frame(len(before), len(tail), rest)
+        return _Frame(None, len(tail), rest)
+
+    def _around_word(
+        self, messages: list[_Dict], tools: list[_Dict] | None, index: int
+    ) -> tuple[str, str]:
+        """What the template writes before and behind a plain word in place of a message."""
+        replaced = [*messages[:index], self._word(), *messages[index + 1 :]]
+        trace = self._trace(replaced, tools)
+        turn = find_turns(replaced, trace)[index]
+        return trace.text[turn.start : turn.first], trace.text[turn.last : turn.stop]
+
+    def _word(self) -> _Dict:
+        word = _WORDS[1]
+        return {"role": "assistant", "content": _parts(word) if self._wants_parts else word}
+
+    def _result(self, call: _Dict) -> _Dict:
+        """A plain word as the result of a tool call."""
+        name, word = call["function"]["name"], _WORDS[0]
+        content = _parts(word) if self._wants_parts else word
+        return {
+            "role": "tool",
+            "name": name,
+            "tool_call_id": call.get("id", name),
+            "content": content,
+        }
+
+    def _common_end(self, index: int, in_chat: str, at_end: str, *, after_calls: bool) -> int:
+        """How far behind its last text a turn ends, by what follows it in and at a chat's end."""
+        one, other = (
+            self._end_of_turn(tail, after_calls=after_calls) for tail in (in_chat, at_end)
+        )
+        if not one or not other:
+            raise MaskError(f"no end-of-turn token follows messages[{index}]")
+        if one.startswith(other):
+            return len(other)
+        # Two marks that differ, as those of gpt-oss, are both an end of this turn; more is unclear.
+        if other.startswith(one) or (self._tokens.fullmatch(one) and self._tokens.fullmatch(other)):
+            return len(one)
+        raise MaskError(f"messages[{index}] is written differently when the chat goes on")
+
+    def _prompt(
+        self, messages: list[_Dict], tools: list[_Dict] | None, trace: Trace, turn: Turn
+    ) -> str:
+        """The generation prompt of a turn, empty where the chat begins with it."""
+        index = turn.index
+        if not index:
+            return ""
+        asked = self._trace(messages[:index], tools, generation_prompt=True)
+        written = stretches(messages, trace, turn.start)
+        before = stretches(messages, asked, len(asked.text))
+        prompt = ""
+        if len(before) > 1 and before[-1][0] == NOWHERE:
+            prompt = before.pop()[1]
+        if before and written and before[-1][1].startswith(written[-1][1]):
+            # Some templates write it at the last message rather than behind all (Zephyr).
+            prompt = before[-1][1][len(written[-1][1]) :] + prompt
+            before[-1] = (before[-1][0], written[-1][1])
+        if written != before:
             raise MaskError(f"the prompt of messages[{index}] is not how the whole chat begins")
-        return len(prompt)
+        return prompt
 
-    def _checked(
-        self, messages: list[Message], index: int, whole: str, earliest: int, turn: _Turn
-    ) -> Span:
-        """The span of a turn by tracked contents, held against the prefixes."""
-        start = self._start(messages, index, whole)
-        if not earliest <= start <= turn.content_start:
-            raise MaskError(f"messages[{index}] begins before its generation prompt ends")
-        through = self._render(messages[: index + 1])
-        if whole.startswith(through):
-            if turn.end > len(through):
-                raise MaskError(f"messages[{index}] ends before its end-of-turn token")
-        elif not through.endswith(whole[turn.content_start : turn.content_end] + turn.tail):
-            # Some templates write the last turn differently (Qwen3: with a reasoning block);
-            # content and end must stay.
-            raise MaskError(f"messages[{index}] is written differently when the chat goes on")
-        blank = whole[start : turn.content_start].isspace()
-        return (start if blank else turn.content_start), turn.end
+    # --- spans
 
-    def _by_prefixes_alone(
-        self, messages: list[Message], index: int, whole: str, earliest: int, why: str
-    ) -> Span:
-        """The span of a turn that the template rewrites: by prefixes, held against the content."""
-        start = self._start(messages, index, whole)
-        through = self._render(messages[: index + 1])
-        turn = whole[start : len(through)]
-        content = _squeeze(messages[index]["content"])
-        if start < earliest or not whole.startswith(through) or not content:
-            raise MaskError(why)
-        for match in self._end_token.finditer(turn):
-            if _squeeze(turn[: match.start()]) == content:
-                return start, start + match.end()
-        raise MaskError(why)
+    def _span(self, message: _Dict, text: str, turn: Turn, frame: _Frame) -> Span:
+        if frame.header is None:
+            raise MaskError(f"it can't be told where the prompt of messages[{turn.index}] ends")
+        prompt_end = turn.start + frame.header
+        tail_start = turn.stop - frame.tail
+        if prompt_end > (turn.first if turn.own else tail_start):
+            raise MaskError(f"messages[{turn.index}] begins before its generation prompt ends")
+        if turn.own:
+            start = self._start(message, text, turn, prompt_end)
+        elif _EMPTY_BLOCK.fullmatch(text, prompt_end, tail_start):
+            start = tail_start
+        else:
+            start = prompt_end
+        return start, turn.stop - frame.rest
+
+    @staticmethod
+    def _start(message: _Dict, text: str, turn: Turn, prompt_end: int) -> int:
+        first = turn.own[0]
+        if first.field is not Field.CONTENT:
+            return prompt_end
+        written = text[prompt_end : turn.first]
+        dropped = content_text(message)[: first.place].strip()
+        # A content may begin with reasoning whose marks the template writes anew, or leave it out.
+        if dropped and not dropped.endswith((">", "]")):
+            raise MaskError(f"the template changes the beginning of messages[{turn.index}]")
+        if dropped and _squeeze(dropped).endswith(_squeeze(written)):
+            return prompt_end
+        return turn.first if _EMPTY_BLOCK.fullmatch(written) else prompt_end
+
+    def _end_of_turn(self, tail: str, *, after_calls: bool) -> str:
+        """What of a turn's tail ends the turn, empty where nothing does.
+
+        Behind a content the tokens that follow it at once. Behind tool calls other text comes
+        first: the last token, if it is a special one, as the marks around calls often are not.
+        Never anything behind the end-of-text token, nor one that begins a text.
+        """
+        end = 0
+        is_special = False
+        for mark in self._tokens.finditer(tail):
+            between = tail[end : mark.start()]
+            if not after_calls and (between if end else between.strip()):
+                break
+            if mark.group() == self._bos != self._eos:
+                break
+            end = mark.end()
+            is_special = mark.group() in self._special
+            if mark.group() == self._eos:
+                break
+        return "" if after_calls and (tail[end:].strip() or not is_special) else tail[:end]
 
 
-def _common_beginning(one: str, other: str) -> str:
-    size = min(len(one), len(other))
-    return one[: next((i for i in range(size) if one[i] != other[i]), size)]
+def _parts(text: str) -> list[_Dict]:
+    return [{"type": "text", "text": text}]
+
+
+def _with_json(call: Mapping[str, Any]) -> _Dict:
+    """A tool call with its arguments as text, the form in which OpenAI sends them."""
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _squeeze(text: str) -> str:

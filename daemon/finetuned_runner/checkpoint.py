@@ -16,11 +16,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from finetuned_daemon.runs.contract import sync_dir, write_record
+from finetuned_daemon.parameters.needs import effective_optimizer
+from finetuned_daemon.runs.contract import Spec, sync_dir, write_record
 from finetuned_daemon.runs.manifest import (
     MANIFEST,
     MANIFEST_VERSION,
     STATE_FILES,
+    DataFile,
     FileEntry,
     Manifest,
 )
@@ -47,6 +49,20 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
         if match and path.is_dir():
             found.append((int(match[1]), path))
     return sorted(found)
+
+
+def made_with(spec: Spec, num_samples: int) -> Manifest:
+    """What the manifests of all checkpoints of a run have in common."""
+    data = spec.parameters.data
+    named = {"data.train_file": data.train_file, "data.eval_file": data.eval_file}
+    files = {field: DataFile.of(path) for field, path in named.items() if path}
+    return Manifest(
+        step=0,
+        optimizer=effective_optimizer(spec.parameters),
+        parameters=spec.parameters.model_dump(mode="json"),
+        data_files={field: file for field, file in files.items() if file is not None},
+        num_samples=num_samples,
+    )
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:
@@ -96,17 +112,26 @@ def staging_folder(target: Path) -> Path:
     return staging
 
 
+def reseal(folder: Path, manifest: Manifest, report: Report) -> None:
+    """Replaces the manifest of a checkpoint that stands; its files stay as they are.
+
+    As in `commit`, the record of what the run wrote comes first: a manifest with another time than
+    the recorded one would be taken for somebody else's.
+    """
+    staging = staging_folder(folder)
+    write_record(staging / MANIFEST, manifest)
+    report.record_output(folder, _times(folder) | _times(staging))
+    os.replace(staging / MANIFEST, folder / MANIFEST)
+    sync_dir(folder)
+    staging.rmdir()
+
+
 def commit(staging: Path, target: Path, report: Report) -> None:
     """Gives a sealed folder its name; what had it before goes.
 
     What is in it is recorded first: the record may name what is not there, never lack what is.
     """
-    files = {
-        path.relative_to(staging).as_posix(): path.stat().st_mtime_ns
-        for path in sorted(staging.rglob("*"))
-        if path.is_file()
-    }
-    report.record_output(target, files)
+    report.record_output(target, _times(staging))
     if target.exists():
         remove_folder(target)
     os.replace(staging, target)
@@ -134,6 +159,15 @@ def remove_folder(folder: Path) -> None:
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
     sync_dir(folder.parent)
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """When each file below a folder was last changed, in ns."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _entry(path: Path, *, durable: bool) -> FileEntry:

@@ -11,15 +11,14 @@ from typing import Any, TypeVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetuned_daemon.dataset.formats import Chat, Document
+from finetuned_daemon.dataset.formats import Chat, Document, message_text
 from finetuned_daemon.texts import Text
 from finetuned_runner.chat_mask import ChatMask, MaskError, Rendered, Span
+from finetuned_runner.pieces import Piece, pieces_of
 
 _BATCH = 256
 _BATCH_CHARACTERS = 1 << 20
 """An encoding takes more than 100 bytes a token until its tokens are copied out."""
-_PIECE_CHARACTERS = 1 << 18
-"""Longer documents are encoded in pieces, for the same reason."""
 
 _Item = TypeVar("_Item")
 
@@ -36,6 +35,7 @@ class UncertainMask(TokenizerUnusable):
     """It is not certain which tokens of a chat are the assistant's."""
 
     def __init__(self, line: int, error: MaskError) -> None:
+        self.line = line
         super().__init__(
             Text(
                 f"line {line}: it is not certain which tokens are the assistant's ({error}); "
@@ -170,7 +170,7 @@ def encode_chats(
         rendered: list[Rendered] = []
         for chat in batch:
             try:
-                rendered.append(mask.render(chat.messages))
+                rendered.append(mask.render(chat.messages, chat.tools))
             except MaskError as error:
                 raise UncertainMask(chat.line, error) from error
         encodings = _encode(tokenizer, [chat.text for chat in rendered])
@@ -188,7 +188,7 @@ def encode_chats(
 
 
 def _characters(chat: Chat) -> int:
-    return sum(len(message["content"]) for message in chat.messages)
+    return sum(len(message_text(message)) for message in chat.messages)
 
 
 def tokens_of(span: Span, encoding: Any, text: str) -> tuple[int, int]:
@@ -231,26 +231,43 @@ def tokens_of(span: Span, encoding: Any, text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class EncodedPiece:
-    """A document in tokens, or a piece of a long one; the end-of-text token is not among them."""
+    """A piece of a document in tokens; the end-of-text token is not among them."""
 
-    document: Document
-    text: str
+    piece: Piece
     encoding: Any
-    """`tokenizers.Encoding` of the text."""
-    ends: bool
-    """The document ends with this piece, and the end-of-text token follows."""
+    """`tokenizers.Encoding` of its text."""
+
+    @property
+    def document(self) -> Document:
+        """What it is a piece of."""
+        return self.piece.document
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        return self.piece.text
+
+    @property
+    def ends(self) -> bool:
+        """The document ends with this piece, and the end-of-text token follows."""
+        return self.piece.ends
 
 
 def encode_documents(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[EncodedPiece]]:
     """Documents in tokens, in batches of pieces."""
-    pieces = (piece for document in documents for piece in _pieces(document))
-    for batch in _batches(pieces, lambda piece: len(piece[1])):
-        encodings = _encode(tokenizer, [text for _, text, _ in batch])
+    return encode_pieces((p for document in documents for p in pieces_of(document)), tokenizer)
+
+
+def encode_pieces(
+    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[EncodedPiece]]:
+    """Pieces of documents in tokens, in batches."""
+    for batch in _batches(pieces, lambda piece: len(piece.text)):
+        encodings = _encode(tokenizer, [piece.text for piece in batch])
         yield [
-            EncodedPiece(document, text, encoding, ends)
-            for (document, text, ends), encoding in zip(batch, encodings, strict=True)
+            EncodedPiece(piece, encoding) for piece, encoding in zip(batch, encodings, strict=True)
         ]
 
 
@@ -258,26 +275,3 @@ def count_blocks(tokens: int, max_length: int) -> int:
     """Blocks that documents of so many tokens make; a single token over predicts nothing."""
     whole, rest = divmod(tokens, max_length)
     return whole + (rest > 1)
-
-
-def _pieces(document: Document) -> Iterator[tuple[Document, str, bool]]:
-    text, start = document.text, 0
-    while len(text) - start > _PIECE_CHARACTERS:
-        end = _piece_end(text, start)
-        yield document, text[start:end], False
-        start = end
-    yield document, text[start:], True
-
-
-def _piece_end(text: str, start: int) -> int:
-    """Where a text can be cut: behind a line, else before a blank; tokenizers part it there too."""
-    middle, end = start + _PIECE_CHARACTERS // 2, start + _PIECE_CHARACTERS
-    at = text.rfind("\n", middle, end)
-    while at != -1 and text[at + 1].isspace():
-        at = text.rfind("\n", middle, at)
-    if at != -1:
-        return at + 1
-    at = text.rfind(" ", middle, end)
-    while at != -1 and text[at - 1].isspace():
-        at = text.rfind(" ", middle, at)
-    return end if at == -1 else at

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.runs.contract import DISK_FULL_ERRNOS, EndReason, Result
+from finetuned_daemon.runs.contract import DISK_FULL_ERRNOS, EndReason, FixValue, Result
 
 _DETAIL_LINES = 30
+_MESSAGE_CHARACTERS = 300
+_EXCERPT_CHARACTERS = 500
 
 # safetensors and torch write from native code and pass only the text of the error on; torch's zip
 # writer not even that.
@@ -40,30 +43,59 @@ class RunFailed(Exception):
     Attributes:
         reason: Why.
         message: One sentence for the user, with the next step.
+        samples: Lines of a data file (from 1) whose samples it happened with; of an optimizer
+            step, all of them.
+        file: The data file that they are lines of; empty: the training file.
+        excerpt: What such a sample looks like, where that tells more than its line does.
+        fix: Parameters that would mend it, by path such as `lora.lora_target_modules`, where the
+            run alone can know them. The daemon checks them, and knows the fixes for the rest.
     """
 
-    def __init__(self, reason: EndReason, message: str):
+    def __init__(
+        self,
+        reason: EndReason,
+        message: str,
+        *,
+        samples: Sequence[int] = (),
+        file: str = "",
+        excerpt: str = "",
+        fix: Mapping[str, FixValue] | None = None,
+    ):
         super().__init__(message)
         self.reason = reason
         self.message = message
+        self.samples = tuple(samples)
+        self.file = file
+        self.excerpt = excerpt
+        self.fix = dict(fix or {})
 
 
 def judge(error: BaseException, parameters: Parameters, step: int) -> Result:
     """How a run ended that `error` broke off at `step` (last whole optimizer step)."""
-    reason, message = _reason(error, parameters)
+    chain = list(_chain(error))
+    known = next((cause for cause in chain if isinstance(cause, RunFailed)), None)
+    reason, message = _reason(error, chain, known)
     lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-    return Result(
+    result = Result(
         end_reason=reason,
         message=message,
         step=step,
         detail="\n".join(lines[-_DETAIL_LINES:]),
     )
+    if known is None or known.reason is not reason:
+        return result
+    update: dict[str, object] = {"fix": known.fix}
+    if known.samples:
+        file = known.file or parameters.data.train_file or ""
+        excerpt = known.excerpt or _line(file, known.samples[0])
+        update |= {"samples": known.samples, "sample_file": file, "excerpt": excerpt}
+    return result.model_copy(update=update)
 
 
-def _reason(error: BaseException, parameters: Parameters) -> tuple[EndReason, str]:
-    chain = list(_chain(error))
+def _reason(
+    error: BaseException, chain: list[BaseException], known: RunFailed | None
+) -> tuple[EndReason, str]:
     # What lies beneath comes first: a model that can't be loaded for want of memory isn't bad.
-    known = [cause for cause in chain if isinstance(cause, RunFailed)]
     chain = [cause for cause in chain if not isinstance(cause, RunFailed)]
     if any(_is_disk_full(cause) for cause in chain):
         return (
@@ -71,22 +103,25 @@ def _reason(error: BaseException, parameters: Parameters) -> tuple[EndReason, st
             "No space is left on the disk: make room, then start again; a checkpoint that was "
             "saved before is whole.",
         )
-    if any(_is_device_memory(cause) for cause in chain):
-        return EndReason.DEVICE_OUT_OF_MEMORY, _needs_less_memory(parameters)
-    if any(_is_host_memory(cause) for cause in chain):
-        return (
-            EndReason.HOST_OUT_OF_MEMORY,
-            "The machine ran out of memory; a smaller training.batch_size or "
-            "training.max_seq_length needs less.",
-        )
+    for cause in chain:
+        if _is_device_memory(cause):
+            return (
+                EndReason.DEVICE_OUT_OF_MEMORY,
+                f"The device ran out of memory{_as_told(cause)}.",
+            )
+        if _is_host_memory(cause):
+            return (
+                EndReason.HOST_OUT_OF_MEMORY,
+                f"The machine ran out of memory{_as_told(cause)}.",
+            )
     if any(_says(cause, _DEVICE_LOST_TEXTS) for cause in chain):
         return (
             EndReason.DEVICE_LOST,
             "The device went away; check it with its driver's tools, then resume from the newest "
             "checkpoint.",
         )
-    if known:
-        return known[0].reason, known[0].message
+    if known is not None:
+        return known.reason, known.message
     return EndReason.RUNNER_CRASHED, f"{type(error).__name__}: {_first_line(error)}"
 
 
@@ -123,24 +158,28 @@ def _is_host_memory(error: BaseException) -> bool:
     )
 
 
-def _needs_less_memory(parameters: Parameters) -> str:
-    training = parameters.training
-    if training.batch_size > 1:
-        half = training.batch_size // 2
-        accumulation = training.gradient_accumulation_steps * training.batch_size // half
-        advice = (
-            f"training.batch_size {training.batch_size} -> {half} with "
-            "training.gradient_accumulation_steps"
-            f" {training.gradient_accumulation_steps} -> {accumulation} needs less"
-        )
-    elif not parameters.optimization.gradient_checkpointing:
-        advice = "optimization.gradient_checkpointing needs less"
-    else:
-        advice = f"a training.max_seq_length below {training.max_seq_length} needs less"
-    return f"The device ran out of memory; {advice}."
-
-
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
     # Some errors only announce themselves in their first line.
     return " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+
+
+def _as_told(error: BaseException) -> str:
+    """What was asked for and what there was, of an allocator's long story; Python tells nothing."""
+    if not str(error).strip():
+        return ""
+    text = _first_line(error).partition(" If reserved but unallocated memory")[0]
+    text = re.sub(r"^\[enforce fail at [^]]*\] err == 0\. ", "", text)
+    return f": {text.rstrip('.')[:_MESSAGE_CHARACTERS]}"
+
+
+def _line(path: str, number: int) -> str:
+    """How a line of a file begins; empty where it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            for _ in range(number - 1):
+                file.readline()
+            data = file.readline(4 * _EXCERPT_CHARACTERS)
+    except OSError:
+        return ""
+    return data.decode("utf-8", "replace").strip()[:_EXCERPT_CHARACTERS]

@@ -43,7 +43,7 @@ def completed(trainer: RunTrainer, output: Path) -> Result:
     if trainer.ends_early:
         reason, message = (
             EndReason.EARLY_STOPPED,
-            f"The evaluation loss improved no more; ended at step {step}.",
+            f"The evaluation loss improved no more; ended at step {step}.{_best(trainer)}",
         )
     elif trainer.args.max_steps > 0:
         reason, message = (
@@ -56,3 +56,11 @@ def completed(trainer: RunTrainer, output: Path) -> Result:
             f"All {trainer.args.num_train_epochs:g} epochs are done.",
         )
     return Result(end_reason=reason, message=message, step=step, output_path=str(output))
+
+
+def _best(trainer: RunTrainer) -> str:
+    """Where the best checkpoint is: the weights at the end are worse."""
+    path, loss = trainer.ranking.best_path, trainer.ranking.best_loss
+    if not path:
+        return " None of its checkpoints was evaluated at its step."
+    return f" The best checkpoint, with an evaluation loss of {loss:.4f}, is {path}."

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from pydantic import BaseModel
 
-from finetuned_daemon.dataset.formats import Chat, Document
+from finetuned_daemon.dataset.formats import Chat, Document, message_text
 from finetuned_daemon.dataset.report import (
     REQUEST,
     BadDataLine,
@@ -112,7 +112,7 @@ class _Census:
             self.roles.update(message["role"] for message in chat.messages)
             self._turns[len(chat.messages)] += 1
             self._note(
-                "\0".join(f"{message['role']}\0{message['content']}" for message in chat.messages)
+                "\0".join(f"{turn['role']}\0{message_text(turn)}" for turn in chat.messages)
             )
             yield chat
 

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import (
     LoraConfig,
@@ -28,11 +30,13 @@ from transformers import (
 
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import EndReason
+from finetuned_runner import pissa
 from finetuned_runner.arguments import Precision, lora_config, need_bitsandbytes
 from finetuned_runner.checkpoint import write_folder
 from finetuned_runner.encoding import TokenizerUnusable, open_tokenizer
 from finetuned_runner.failures import RunFailed
 from finetuned_runner.report import Report
+from finetuned_runner.reporting import need_packages
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -79,6 +83,7 @@ def load_model(
     Raises:
         RunFailed: MODEL_UNLOADABLE.
     """
+    need_packages(parameters)
     path = _base_path(parameters, report)
     if not _has_safetensors(path):
         report.notice(
@@ -88,6 +93,8 @@ def load_model(
             "without running code in them. What the run saves is in safetensors.",
         )
     options: dict[str, Any] = {"dtype": torch.float32}
+    if parameters.extensions.attn_implementation != "auto":
+        options["attn_implementation"] = parameters.extensions.attn_implementation
     if parameters.lora.use_lora and device != "cpu":
         options["dtype"] = precision.compute_dtype
     if parameters.optimization.use_qlora:
@@ -106,7 +113,25 @@ def load_model(
             bnb_4bit_compute_dtype=precision.compute_dtype,
         )
         options["device_map"] = {"": "cpu" if device == "cpu" else 0}
-    return _load(path, options)
+    model = _load(path, options)
+    if parameters.optimization.use_qlora and device == "cpu":
+        _settle_on_cpu(model)
+    return model
+
+
+def _settle_on_cpu(model: PreTrainedModel) -> None:
+    """Makes a model in 4 bits fit to be trained on the CPU."""
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        # With AVX512-BF16 an evaluation would bring the weights in an order in which no gradient
+        # passes through them any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    # What is not quantized lies in the mapped file, and would keep all of it in memory: of 85
+    # million weights 270 MB, while the run trains.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -236,15 +261,17 @@ def add_lora(model: PreTrainedModel, parameters: Parameters, report: Report) -> 
     """
     if parameters.optimization.use_qlora:
         prepare: Any = prepare_model_for_kbit_training
-        model = prepare(
-            model, use_gradient_checkpointing=parameters.optimization.gradient_checkpointing
-        )
+        # The Trainer turns checkpointing on by itself, without reentrance.
+        model = prepare(model, use_gradient_checkpointing=False)
     # The first weights depend on nothing but the seed.
     set_seed(parameters.general.seed)
     if parameters.data.attach_lora:
         return _attach(model, parameters, report)
     config = lora_config(parameters, report)
     _check_targets(model, config)
+    init = str(config.init_lora_weights)
+    if begins_with_pissa := pissa.is_pissa(config):
+        config.init_lora_weights = True
     try:
         adapted: Any = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
@@ -252,6 +279,8 @@ def add_lora(model: PreTrainedModel, parameters: Parameters, report: Report) -> 
             EndReason.MODEL_UNLOADABLE, f"LoRA can't be added to this model: {_short(error)}"
         ) from error
     result: PeftModel = adapted
+    if begins_with_pissa:
+        pissa.begin(result, init, resumes=bool(parameters.data.resume_from_checkpoint))
     return result
 
 
@@ -272,11 +301,17 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
     if missing:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        own = {name.rpartition(".")[2] for name in names}
+        known = ", ".join(sorted(own))
+        # Embeddings and head are trained on purpose or not at all.
+        usual = tuple(
+            sorted(own - {"lm_head", "embed_tokens", "wte", "wpe", "embed_in", "embed_out"})
+        )
         raise RunFailed(
             EndReason.MODEL_UNLOADABLE,
             f"The model has no module {', '.join(missing)} for lora.lora_target_modules; it has "
             f"{known}.",
+            fix={"lora.lora_target_modules": usual} if usual else None,
         )
 
 
@@ -323,10 +358,16 @@ def check_resumable(checkpoint: Path, model: Model) -> None:
     if not isinstance(model, PeftModel):
         return
     there = json.loads((checkpoint / _ADAPTER_CONFIG).read_bytes())
-    here: Any = model.peft_config["default"]
+    here: dict[str, Any] = model.peft_config["default"].to_dict()
+    wanted = {key: list(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    if pissa.is_used(model):
+        if there.get("r") != 2 * here["r"]:
+            raise _unfit(checkpoint, "it began with another lora.lora_r, or without PiSSA")
+        here |= pissa.converted(here)
+        wanted = {key: pissa.converted_shape(key, shape) for key, shape in wanted.items()}
     for name, made, value in (
-        ("lora_r", there.get("r"), here.r),
-        ("lora_alpha", there.get("lora_alpha"), here.lora_alpha),
+        ("lora_r", there.get("r"), here["r"]),
+        ("lora_alpha", there.get("lora_alpha"), here["lora_alpha"]),
     ):
         if made != value:
             raise _unfit(checkpoint, f"it was made with lora.{name} {made}, not {value}")
@@ -334,7 +375,6 @@ def check_resumable(checkpoint: Path, model: Model) -> None:
     with safe_open(str(file), "pt") as weights:
         for key in weights.keys():  # noqa: SIM118 - it is no mapping
             shapes[key] = list(weights.get_slice(key).get_shape())
-    wanted = {key: list(value.shape) for key, value in get_peft_model_state_dict(model).items()}
     if shapes != wanted:
         differ = sorted(
             shapes.keys() ^ wanted.keys() or {key for key in wanted if shapes[key] != wanted[key]}
@@ -361,6 +401,7 @@ def save_model(
     report: Report,
     *,
     use_cache: bool,
+    add: Callable[[Path], None],
 ) -> None:
     """Writes model, or adapter, and tokenizer to a folder that is whole or not there.
 
@@ -371,6 +412,7 @@ def save_model(
         report: Records what is written.
         use_cache: `config.use_cache` of the model as it was loaded; training turns it off,
             generation wants it.
+        add: Writes what else goes into the folder, last.
     """
     model.config.use_cache = use_cache
     if isinstance(model, PeftModel):
@@ -379,7 +421,9 @@ def save_model(
 
     def write(folder: Path) -> None:
         model.save_pretrained(str(folder))
+        pissa.convert(model, folder)
         tokenizer.save_pretrained(str(folder))
+        add(folder)
 
     write_folder(target, write, report)
 
@@ -388,12 +432,49 @@ def merged(model: PeftModel, parameters: Parameters, adapter: Path) -> PreTraine
     """The base model with the LoRA weights worked in; the model given is used up.
 
     4-bit weights can't take them without loss, so that with QLoRA the base is loaded once more.
+
+    Raises:
+        RunFailed: HOST_OUT_OF_MEMORY, if there is no room for that.
     """
-    if parameters.optimization.use_qlora:
+    is_quantized = parameters.optimization.use_qlora
+    _check_room_to_merge(model, is_quantized=is_quantized)
+    if is_quantized:
         base = _load(_base_name(model), {"dtype": "auto"})
         model = PeftModel.from_pretrained(base, str(adapter), local_files_only=True)
+    _untie(model)
     whole: PreTrainedModel = model.merge_and_unload()
     return whole
+
+
+def _check_room_to_merge(model: PeftModel, *, is_quantized: bool) -> None:
+    """Raises RunFailed where merging would run out of memory: better than being killed by it."""
+    layers = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    needed = 2 * 4 * max(layers, default=0)  # what LoRA adds to the largest matrix, in float32
+    if is_quantized:
+        folder = Path(_base_name(model))
+        needed += sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise RunFailed(
+            EndReason.HOST_OUT_OF_MEMORY,
+            f"Merging takes {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; the "
+            "trained LoRA weights are whole in the folder final.",
+        )
+
+
+def _untie(model: PeftModel) -> None:
+    """Gives embeddings and head a matrix each, where they share one and LoRA is on one of them.
+
+    Else what is merged into one is merged into both.
+    """
+    base: Any = model.get_base_model()
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if not any(hasattr(layer, "base_layer") for layer in layers):
+        return
+    embeddings, head = (getattr(layer, "base_layer", layer) for layer in layers)
+    if head is not None and head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
 
 
 def _base_name(model: PeftModel) -> str:

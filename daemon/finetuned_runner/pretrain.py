@@ -8,15 +8,10 @@ from transformers import set_seed
 
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import Result, RunPhase, Spec
+from finetuned_runner import trial
 from finetuned_runner.arguments import plan_precision
 from finetuned_runner.control import Watch
-from finetuned_runner.data import (
-    Samples,
-    encode_documents,
-    evaluates,
-    load_documents,
-    split,
-)
+from finetuned_runner.data import Prepared, begin, samples
 from finetuned_runner.finish import completed, stopped
 from finetuned_runner.model import (
     check_vocabulary,
@@ -25,20 +20,24 @@ from finetuned_runner.model import (
     load_tokenizer,
     save_model,
 )
+from finetuned_runner.notes import Notes
 from finetuned_runner.report import Report
 from finetuned_runner.trainer import make_trainer
 
 
-def run(spec: Spec, report: Report, watch: Watch) -> Result:
+def run(spec: Spec, report: Report, watch: Watch, prepared: Prepared | None = None) -> Result:
     """Trains as `spec` says, without its LoRA section; returns how it ended.
 
     Raises:
         RunFailed: It can't go on, for a reason that is known.
     """
-    parameters = _without_lora(spec.parameters, report)
+    effective = _without_lora(spec.parameters, report)
+    parameters = trial.shortened(effective) if spec.probe else effective
     data = parameters.data
     output_dir = Path(spec.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    notes = None if spec.probe else Notes(spec)
+    prepared = prepared or begin(spec, report)
 
     report.phase(RunPhase.LOADING_MODEL, data.model_path or "")
     set_seed(parameters.general.seed)
@@ -49,23 +48,20 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
     max_length = fit_length(model, parameters.training.max_seq_length, report)
 
     report.phase(RunPhase.PREPARING_DATA, data.train_file or "")
-    documents = load_documents(Path(data.train_file or ""), data.max_samples)
-    samples = encode_documents(documents, tokenizer, max_length, report)
-    check_vocabulary(model, samples.largest_token)
-    train_set: Samples = samples
-    eval_set: Samples | None = None
-    if evaluates(parameters, report):
-        if data.eval_file:
-            eval_set = encode_documents(
-                load_documents(Path(data.eval_file)), tokenizer, max_length, report
-            )
-            check_vocabulary(model, eval_set.largest_token)
-        else:
-            train_set, eval_set = split(samples, data.eval_ratio, parameters.general.seed)
+    train_set, eval_set = samples(
+        prepared,
+        parameters,
+        report,
+        tokenizer,
+        max_length,
+        lambda largest: check_vocabulary(model, largest),
+    )
 
     trainer = make_trainer(
         spec, parameters, report, watch, model, tokenizer, precision, train_set, eval_set
     )
+    if notes is None:  # a probe
+        return trial.run(spec, effective, report, watch, trainer, eval_set)
     watch.begin_training()
     trainer.run(Path(data.resume_from_checkpoint) if data.resume_from_checkpoint else None)
     if trainer.is_stopped:
@@ -74,8 +70,10 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
     watch.begin_finishing()
     final = output_dir / "final"
     report.phase(RunPhase.SAVING, final.name)
-    save_model(model, tokenizer, final, report, use_cache=use_cache)
-    return completed(trainer, final)
+    result = completed(trainer, final)
+    leave = notes.leave(trainer, tokenizer, result)
+    save_model(model, tokenizer, final, report, use_cache=use_cache, add=leave)
+    return result
 
 
 def _without_lora(parameters: Parameters, report: Report) -> Parameters:

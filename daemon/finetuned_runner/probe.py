@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from finetuned_daemon.environment.probe import Probe, ProbedDevice
-from finetuned_runner.environment import FIXED
+from finetuned_runner.environment import FIXED, prepare_bitsandbytes
 
 _DEADLINE_SECONDS = 120
 """A driver that hangs must not leave a process behind whose daemon is gone."""
@@ -48,12 +48,11 @@ def _look() -> Probe:
     torch = seen.take("torch")
     model_types: tuple[str, ...] = ()
     has_bitsandbytes = False
+    runtime_bytes = 0
     if torch is not None:  # all others import it too, and would say the same
-        if importlib.util.find_spec(_BITSANDBYTES) is not None:
-            has_bitsandbytes = _has_bitsandbytes(torch, seen)
-        if not has_bitsandbytes:
-            # peft imports it wherever it is installed; a run that does not need it does without.
-            sys.modules[_BITSANDBYTES] = None  # type: ignore[assignment]
+        is_installed = importlib.util.find_spec(_BITSANDBYTES) is not None
+        # peft imports it wherever it is installed; a run that does not need it does without.
+        sys.modules[_BITSANDBYTES] = None  # type: ignore[assignment]
         for package in _PACKAGES:
             seen.take(package)
         auto = seen.take("transformers.models.auto.modeling_auto", of="transformers")
@@ -61,7 +60,10 @@ def _look() -> Probe:
             model_types = tuple(sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
         # The recipes, with all that a run imports.
         seen.take("finetuned_runner.sft", of="finetuned")
-    runtime_bytes = 0 if seen.failures else _peak_bytes()
+        runtime_bytes = 0 if seen.failures else _peak_bytes()
+        if is_installed:
+            del sys.modules[_BITSANDBYTES]
+            has_bitsandbytes = _has_bitsandbytes(torch, seen)
     cuda_problem = _cuda_problem(torch)
     return Probe(
         python=platform.python_version(),
@@ -106,6 +108,7 @@ class _Imports:
 
 
 def _has_bitsandbytes(torch: Any, seen: _Imports) -> bool:
+    prepare_bitsandbytes()
     imported = seen.take(_BITSANDBYTES)
     if imported is None:
         return False

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from finetuned_daemon.dataset.formats import Chat, DataFormat, Document
+from finetuned_daemon.dataset.formats import Chat, DataFormat, Document, message_text
 from finetuned_daemon.dataset.reader import BadLine, read_chats, read_documents
 from finetuned_daemon.dataset.report import MOST_BAD_LINES, Progress
 from finetuned_daemon.runs.contract import TrainingType
@@ -47,7 +47,7 @@ class Reading:
         """The chats that are left. Raises OSError."""
         for item in self._good():
             if isinstance(item, Chat):
-                self.characters += sum(len(message["content"]) for message in item.messages)
+                self.characters += sum(len(message_text(message)) for message in item.messages)
                 yield item
 
     def documents(self) -> Iterator[Document]:

@@ -71,6 +71,11 @@ class Report:
         self.step = 0
         """Last whole optimizer step."""
 
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return self._run_dir
+
     def emit(self, payload: Payload) -> None:
         """Appends one event. On a full disk it is held back, to follow when there is room.
 
@@ -219,6 +224,6 @@ def send_transformers_logs(level: str) -> None:
     transformers_logging.set_verbosity(_LEVELS[level])
     if level != "debug":
         for name in _WORDY_LOGGERS:
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
         # Between the libraries; the user can't do anything about it.
         warnings.simplefilter("ignore", FutureWarning)

@@ -8,9 +8,10 @@ from peft import PeftModel
 from transformers import set_seed
 
 from finetuned_daemon.runs.contract import EndReason, Result, RunPhase, Spec
+from finetuned_runner import trial
 from finetuned_runner.arguments import plan_precision
 from finetuned_runner.control import Watch
-from finetuned_runner.data import Samples, encode_chats, evaluates, load_chats, split
+from finetuned_runner.data import Prepared, begin, samples
 from finetuned_runner.finish import completed, stopped
 from finetuned_runner.model import (
     Model,
@@ -22,11 +23,12 @@ from finetuned_runner.model import (
     merged,
     save_model,
 )
+from finetuned_runner.notes import Notes
 from finetuned_runner.report import Report
 from finetuned_runner.trainer import make_trainer
 
 
-def run(spec: Spec, report: Report, watch: Watch) -> Result:
+def run(spec: Spec, report: Report, watch: Watch, prepared: Prepared | None = None) -> Result:
     """Fine-tunes as `spec` says; returns how it ended.
 
     Raises:
@@ -36,6 +38,10 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
     data, lora = parameters.data, parameters.lora
     output_dir = Path(spec.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    notes = None if spec.probe else Notes(spec)
+    prepared = prepared or begin(spec, report)
+    if spec.probe:
+        parameters = trial.shortened(parameters)
 
     report.phase(RunPhase.LOADING_MODEL, data.model_path or "")
     set_seed(parameters.general.seed)
@@ -54,21 +60,20 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
             report.notice(name, "LORA_OFF", f"{name} has no effect: lora.use_lora is off.")
 
     report.phase(RunPhase.PREPARING_DATA, data.train_file or "")
-    chats = load_chats(Path(data.train_file or ""), data.max_samples)
-    samples = encode_chats(chats, tokenizer, max_length, report)
-    check_vocabulary(base, samples.largest_token)
-    train_set: Samples = samples
-    eval_set: Samples | None = None
-    if evaluates(parameters, report):
-        if data.eval_file:
-            eval_set = encode_chats(load_chats(Path(data.eval_file)), tokenizer, max_length, report)
-            check_vocabulary(base, eval_set.largest_token)
-        else:
-            train_set, eval_set = split(samples, data.eval_ratio, parameters.general.seed)
+    train_set, eval_set = samples(
+        prepared,
+        parameters,
+        report,
+        tokenizer,
+        max_length,
+        lambda largest: check_vocabulary(base, largest),
+    )
 
     trainer = make_trainer(
         spec, parameters, report, watch, model, tokenizer, precision, train_set, eval_set
     )
+    if notes is None:  # a probe
+        return trial.run(spec, spec.parameters, report, watch, trainer, eval_set)
     resume = data.resume_from_checkpoint
     if data.attach_lora and lora.use_lora:  # it gave the weights; nothing else of it counts
         resume = None
@@ -80,8 +85,9 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
     watch.begin_finishing()
     final = output_dir / "final"
     report.phase(RunPhase.SAVING, final.name)
-    save_model(model, tokenizer, final, report, use_cache=use_cache)
     result = completed(trainer, final)
+    leave = notes.leave(trainer, tokenizer, result)
+    save_model(model, tokenizer, final, report, use_cache=use_cache, add=leave)
     if lora.merge_lora and isinstance(model, PeftModel):
         if watch.wish is not None:
             return result.model_copy(
@@ -92,5 +98,6 @@ def run(spec: Spec, report: Report, watch: Watch) -> Result:
             )
         report.phase(RunPhase.MERGING)
         whole = merged(model, parameters, final)
-        save_model(whole, tokenizer, output_dir / "merged", report, use_cache=use_cache)
+        target = output_dir / "merged"
+        save_model(whole, tokenizer, target, report, use_cache=use_cache, add=leave)
     return result

@@ -6,21 +6,16 @@ The arithmetic is untouched: losses equal those of the plain Trainer (a test com
 from __future__ import annotations
 
 import math
-import random
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from peft import PeftModel
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,7 +23,6 @@ from transformers import (
 )
 
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.parameters.needs import effective_optimizer
 from finetuned_daemon.runs.contract import (
     CheckpointDeleted,
     CheckpointSaved,
@@ -41,14 +35,21 @@ from finetuned_daemon.runs.contract import (
     StopWish,
 )
 from finetuned_daemon.runs.manifest import Manifest
-from finetuned_runner import checkpoint
+from finetuned_runner import checkpoint, pissa
 from finetuned_runner.arguments import Precision, training_arguments
+from finetuned_runner.compute import (
+    PaddingCollator,
+)
+from finetuned_runner.computing import ComputingTrainer
 from finetuned_runner.control import Watch
-from finetuned_runner.data import Collator, Samples
 from finetuned_runner.failures import RunFailed
 from finetuned_runner.model import Model, check_resumable, pad_id
 from finetuned_runner.progress import Meter
+from finetuned_runner.random_state import RandomState
+from finetuned_runner.ranking import Ranking
 from finetuned_runner.report import Report
+from finetuned_runner.reporting import end_reporting
+from finetuned_runner.samples import Samples
 
 _PROGRESS_SECONDS = 0.5
 
@@ -59,44 +60,7 @@ class _EvaluationStopped(Exception):
     """A wish to stop came while the evaluation data was scored."""
 
 
-@dataclass(frozen=True)
-class _RandomState:
-    """All random generators at the end of an optimizer step."""
-
-    python: object
-    numpy: Any
-    cpu: torch.Tensor
-    cuda: torch.Tensor | None
-
-    @classmethod
-    def now(cls) -> _RandomState:
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
-
-    def restore(self) -> None:
-        random.setstate(cast("tuple[Any, ...]", self.python))
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-
-
-class _FixedOrder(Sampler[int]):
-    """The same order in every epoch: the one that the plain Trainer draws for its first."""
-
-    def __init__(self, size: int, seed: int):
-        self._order: list[int] = torch.randperm(
-            size, generator=torch.Generator().manual_seed(seed)
-        ).tolist()
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-
-class RunTrainer(Trainer):
+class RunTrainer(ComputingTrainer):
     """A Trainer that reports to `report` and looks at `watch` after every micro-step."""
 
     def __init__(
@@ -105,27 +69,30 @@ class RunTrainer(Trainer):
         report: Report,
         watch: Watch,
         checkpoint_quota: int | None,
+        made_with: Manifest,
         **trainer: Any,
     ):
-        super().__init__(**trainer)
+        super().__init__(parameters, report, **trainer)
         self._checkpoint_quota = checkpoint_quota
         self._num_saved = 0
-        self._parameters = parameters
         self._report = report
         self._watch = watch
         self._output_dir = Path(cast("str", self.args.output_dir))
         self._meter = Meter()
         self._staging: Path | None = None
         self._cause: Cause = "steps"
-        self._num_tokens = 0
         self._tokens_at_step = 0
         self._is_between_steps = False
-        self._state_at_step: _RandomState | None = None
+        self._state_at_step: RandomState | None = None
         self._first_step = 0
+        self._owes_evaluation = False
+        """The checkpoint was saved before the evaluation that was due at its step."""
         self._last_save = time.monotonic()
         self._last_progress = 0.0
         self._best_loss: float | None = None
         self._without_gain = 0
+        self._made_with = made_with
+        self.ranking = Ranking(report)
         self.ends_early = False
         self.is_out_of_quota = False
         """The checkpoint just saved was the last that the training quota allowed."""
@@ -149,6 +116,7 @@ class RunTrainer(Trainer):
             else:  # it broke off after its last step; the plain Trainer would train for one more
                 self._load_from_checkpoint(str(resume))
                 self._skip_to(manifest.step)
+        end_reporting(self._parameters, self._output_dir, self._report)
         if (
             self.is_stopped
             and self._watch.wish is StopWish.SAVE
@@ -190,7 +158,7 @@ class RunTrainer(Trainer):
     def _total_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps
-        batches = math.ceil(len(cast("Any", self.train_dataset)) / self.args.train_batch_size)
+        batches = math.ceil(len(cast("Samples", self.train_dataset)) / self.args.train_batch_size)
         steps = math.ceil(batches / self.args.gradient_accumulation_steps)
         return math.ceil(steps * self.args.num_train_epochs)
 
@@ -208,10 +176,23 @@ class RunTrainer(Trainer):
             manifest.best_eval_loss,
             manifest.evaluations_without_gain,
         )
+        self.ranking.restore(manifest)
         self._first_step = manifest.step
+        self._owes_evaluation = manifest.eval_loss is None and self._evaluates_at(manifest.step)
         return manifest
 
+    def _evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation is due at the end of a step."""
+        if self.args.eval_strategy == "steps":
+            return step % int(self.args.eval_steps or 1) == 0
+        batches = math.ceil(len(cast("Samples", self.train_dataset)) / self.args.train_batch_size)
+        steps = math.ceil(batches / self.args.gradient_accumulation_steps)
+        return self.args.eval_strategy == "epoch" and step % steps == 0
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if pissa.is_used(self.model):
+            pissa.restore(cast("PeftModel", self.model), Path(resume_from_checkpoint))
+            return
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (RuntimeError, ValueError) as error:
@@ -221,21 +202,11 @@ class RunTrainer(Trainer):
                 "another model; choose another checkpoint, or its own model.",
             ) from error
 
-    # --- data
-
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        if self._parameters.data.reshuffle:
-            return super()._get_train_sampler(train_dataset)
-        dataset = cast("Any", self.train_dataset if train_dataset is None else train_dataset)
-        return _FixedOrder(len(dataset), self._parameters.general.seed)
-
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One micro-step; counts its tokens."""
-        tokens = int(inputs["attention_mask"].sum())
+        """One micro-step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._num_tokens += tokens
         self._is_between_steps = True
         return loss
 
@@ -257,7 +228,7 @@ class RunTrainer(Trainer):
         if (
             not self._is_between_steps
         ):  # the loop comes here also when it is left in the middle of a step
-            self._state_at_step = _RandomState.now()
+            self._state_at_step = RandomState.now()
 
     def _check_finite(self, loss: float, grad_norm: Any) -> None:
         # With fp16 a gradient that overflows is left out by design, and the scale lowered.
@@ -266,10 +237,14 @@ class RunTrainer(Trainer):
         if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
             return
         what = "loss" if not math.isfinite(loss) else "gradient"
+        step = self.state.global_step
+        advice = f"try a training.learning_rate below {self._parameters.training.learning_rate:g}"
+        if step == 1:  # nothing was learned yet
+            advice = "look at the model's weights, and at the samples of this step"
         raise RunFailed(
             EndReason.LOSS_NOT_FINITE,
-            f"The {what} is not a finite number at step {self.state.global_step}; "
-            f"try a training.learning_rate below {self._parameters.training.learning_rate:g}.",
+            f"The {what} is not a finite number at step {step}; {advice}.",
+            samples=self._order().lines(step),
         )
 
     def _tell_progress(self, loss: float, learning_rate: float | None) -> None:
@@ -312,44 +287,31 @@ class RunTrainer(Trainer):
             self._best_loss, self._without_gain = loss, 0
         else:
             self._without_gain += 1
+        self.ranking.evaluated(self.state.global_step, loss, self._manifest())
         return 0 < training.early_stopping_patience <= self._without_gain
 
     # --- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        pissa.convert(self.model, Path(cast("str", output_dir)))
 
     def _get_output_dir(self, trial: Any) -> str:
         # Where the Trainer makes its checkpoint-N: aside, while it is not whole.
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
-        target = checkpoint.checkpoint_path(self._output_dir, step)
-        self._report.phase(RunPhase.SAVING, target.name)
         with self._meter.pause():
-            self._staging = checkpoint.staging_folder(target)
-            try:
-                super()._save_checkpoint(model, trial)
-                folder = self._staging / target.name
-                # A pickle that nothing reads: resuming takes the arguments from the task.
-                (folder / "training_args.bin").unlink(missing_ok=True)
-                manifest = checkpoint.seal(
-                    folder,
-                    Manifest(
-                        step=step,
-                        num_tokens=self._tokens_at_step,
-                        best_eval_loss=self._best_loss,
-                        evaluations_without_gain=self._without_gain,
-                        optimizer=effective_optimizer(self._parameters),
-                    ),
-                )
-                checkpoint.commit(folder, target, self._report)
-            finally:
-                shutil.rmtree(self._staging, ignore_errors=True)
-                self._staging = None
+            target, manifest = self.write_checkpoint()
             self._report.emit(
                 CheckpointSaved(
-                    path=str(target), step=step, size_bytes=manifest.size_bytes, cause=self._cause
+                    path=str(target),
+                    step=manifest.step,
+                    size_bytes=manifest.size_bytes,
+                    cause=self._cause,
                 )
             )
+            self.ranking.saved(target, manifest)
             self._remove_oldest()
             self._report.sync()
         self._num_saved += 1
@@ -357,9 +319,39 @@ class RunTrainer(Trainer):
         if not self.is_done:
             self._report.phase(RunPhase.TRAINING)
 
+    def write_checkpoint(self) -> tuple[Path, Manifest]:
+        """Writes the checkpoint of this step, and tells nobody."""
+        target = checkpoint.checkpoint_path(self._output_dir, self.state.global_step)
+        self._report.phase(RunPhase.SAVING, target.name)
+        self._staging = checkpoint.staging_folder(target)
+        try:
+            super()._save_checkpoint(cast("Model", self.model), None)
+            folder = self._staging / target.name
+            # A pickle that nothing reads: resuming takes the arguments from the task.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            manifest = checkpoint.seal(folder, self.ranking.rank(self._manifest(), target))
+            checkpoint.commit(folder, target, self._report)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        return target, manifest
+
+    def _manifest(self) -> Manifest:
+        """What a checkpoint of this moment is; its files are still to be listed."""
+        return self._made_with.model_copy(
+            update={
+                "step": self.state.global_step,
+                "total_steps": self._total_steps(),
+                "epoch": self.state.epoch or 0.0,
+                "num_tokens": self._tokens_at_step,
+                "best_eval_loss": self._best_loss,
+                "evaluations_without_gain": self._without_gain,
+            }
+        )
+
     def _remove_oldest(self) -> None:
         found = checkpoint.list_checkpoints(self._output_dir)
-        for step, path in found[: -self._parameters.training.save_total_limit]:
+        for step, path in self.ranking.surplus(found, self._parameters.training.save_total_limit):
             checkpoint.remove_folder(path)
             self._report.emit(CheckpointDeleted(path=str(path), step=step))
 
@@ -371,7 +363,7 @@ class RunTrainer(Trainer):
         if self._state_at_step is not None:
             self._state_at_step.restore()
         self._cause = "signal" if self._watch.cause == "signal" else "stop"
-        self._save_checkpoint(self.model, None)
+        self._save_checkpoint(cast("Any", self.model), None)
 
     # --- for the flow below
 
@@ -390,6 +382,8 @@ class RunTrainer(Trainer):
 
     def begin(self, state: TrainerState) -> None:
         """Training begins, at `state`."""
+        # A checkpoint's state brings the steps of logging, evaluation and saving that it had.
+        state.compute_steps(self.args, state.max_steps)  # type: ignore[no-untyped-call]
         self._first_step = self._report.step = state.global_step
         self._report.phase(RunPhase.TRAINING)
         self._report.emit(
@@ -401,6 +395,9 @@ class RunTrainer(Trainer):
             )
         )
         self._last_save = time.monotonic()
+        if self._owes_evaluation:
+            self._owes_evaluation = False
+            self._evaluate(None, None)
         self._meter.start()
 
     def choose_save(self, control: TrainerControl, *, at_epoch_end: bool) -> None:
@@ -453,16 +450,17 @@ def make_trainer(
         report,
         watch,
         spec.checkpoint_quota,
+        checkpoint.made_with(spec, len(train_set)),
         model=model,
         args=training_arguments(
             parameters,
             spec.output_dir,
             spec.device,
             precision,
-            evaluates=eval_set is not None,
+            evaluates=eval_set is not None and not spec.probe,
             report=report,
         ),
-        data_collator=Collator(pad_id(tokenizer)),
+        data_collator=PaddingCollator(pad_id(tokenizer)),
         train_dataset=train_set,
         eval_dataset=eval_set,
         processing_class=tokenizer,
@@ -497,8 +495,7 @@ class _Flow(TrainerCallback):
         elif self._trainer.wishes_stop:
             control.should_training_stop = control.should_log = True
             control.should_save = False  # saved when the loop is left, if it is to be saved
-            # An evaluation that is due begins and is broken off: it draws a random number, without
-            # which a resumed run would go other ways than one that was never stopped.
+            control.should_evaluate = False  # made up for when the run goes on
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -511,6 +508,9 @@ class _Flow(TrainerCallback):
     ) -> None:
         if self._trainer.is_stopped or self._trainer.ends_early:
             control.should_save = False
+        if self._trainer.is_stopped:
+            control.should_evaluate = False
+        elif self._trainer.ends_early:
             # The loop comes here also when it is left in mid-epoch.
             control.should_evaluate &= (state.epoch or 0.0).is_integer()
         self._trainer.choose_save(control, at_epoch_end=True)

@@ -19,8 +19,9 @@ from grpc_status import rpc_status
 
 from conftest import Scene
 from daemon_process import Daemon, eventually
+from finetuned.v1 import parameter_service_pb2, task_pb2, task_service_pb2
 from finetuned.v1 import system_service_pb2 as pb2
-from finetuned.v1 import task_pb2, task_service_pb2
+from pythons import python_without
 
 HAN = re.compile("[\u4e00-\u9fff]")
 TRAINING = {"accelerate", "jinja2", "peft", "pydantic", "safetensors", "torch", "transformers"}
@@ -88,6 +89,7 @@ def test_a_machine_that_is_ready_says_so(
     assert answer.check_time.seconds > 0
     cpu = answer.devices[-1]
     assert (cpu.device, cpu.bf16, cpu.fp16, cpu.tf32) == ("cpu", True, False, False)
+    assert (cpu.four_bit, cpu.eight_bit_optimizer) == (True, True)
 
 
 def test_sentences_come_in_the_caller_s_language_and_name_what_to_do(
@@ -125,6 +127,32 @@ def test_a_start_with_a_python_without_packages_is_refused_and_names_each(
         assert f"{package} " in text
     assert f"{bare_python} -m pip install 'finetuned[train]" in text
     assert daemon.get(task.name).state == task_pb2.TASK_STATE_PENDING
+
+
+def test_a_start_in_4_bits_is_refused_where_bitsandbytes_is_missing_with_what_brings_it(
+    make_daemon: MakeDaemon, scene: Scene, says: Callable[..., None], tmp_path: Path
+) -> None:
+    python = python_without(tmp_path / "plain", "bitsandbytes")
+    daemon = make_daemon("--runner-python", python)
+    parameters = scene.play(steps=1)
+    parameters.optimization.use_qlora = True
+    parameters.training.optimizer = "adamw_8bit"
+    task = daemon.create(parameters)
+    with pytest.raises(grpc.RpcError) as caught:
+        daemon.tasks.StartTask(task_service_pb2.StartTaskRequest(name=task.name))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "bitsandbytes is not installed" in caught.value.details()
+    assert f"{python} -m pip install 'finetuned[qlora]'" in caught.value.details()
+    request = parameter_service_pb2.ValidateParametersRequest(
+        training_type=task_pb2.TRAINING_TYPE_SFT, parameters=parameters, device="cpu"
+    )
+    found = daemon.parameters.ValidateParameters(request).violations
+    assert {v.field for v in found if v.reason == "BITSANDBYTES_MISSING"} == {
+        "optimization.use_qlora",
+        "training.optimizer",
+    }
+    # All else trains there.
+    daemon.wait(daemon.create(scene.play(steps=1), start=True).name, "COMPLETED")
 
 
 def test_a_creation_with_start_is_refused_alike_and_leaves_no_task(

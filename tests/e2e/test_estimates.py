@@ -148,6 +148,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "train_file": str(write_jsonl(root / "chats.jsonl", samples)),
     }
     text_data = {**data, "train_file": str(write_jsonl(root / "documents.jsonl", texts))}
+    short_data = {**data, "train_file": str(write_jsonl(root / "short.jsonl", chats(40)))}
     eval_file = str(write_jsonl(root / "eval.jsonl", chats(9)))
     requests = [
         MeasureRequest(
@@ -160,9 +161,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         for kind, file, evaluation in (
             (TrainingType.SFT, data["train_file"], eval_file),
             (TrainingType.PRETRAIN, text_data["train_file"], None),
+            (TrainingType.SFT, short_data["train_file"], None),
         )
     ]
-    measured, blocks = asyncio.run(measure(requests, root))
+    measured, blocks, short = asyncio.run(measure(requests, root))
     assert (measured.train.samples, measured.train.dropped) == (40, 7)
     base = {"max_seq_length": 128, "batch_size": 2, "gradient_accumulation_steps": 3}
     sft, pretrain = TrainingType.SFT, TrainingType.PRETRAIN
@@ -196,6 +198,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
             data=data,
             lora={"use_lora": False},
             training={**base, "save_strategy": "epoch", "max_steps": 10, "optimizer": "adafactor"},
+        ),
+        "packed": make_run(
+            root / "packed",
+            sft,
+            short,
+            data=short_data,
+            training={**base, "save_steps": 2, "num_train_epochs": 2},
+            extensions={"packing": True},
         ),
         "never": make_run(
             root / "never",
@@ -233,7 +243,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     return runs
 
 
-NAMES = ["epochs", "limit", "blocks", "cut epoch", "never", "resumed"]
+NAMES = ["epochs", "limit", "blocks", "cut epoch", "packed", "never", "resumed"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -263,6 +273,13 @@ def test_a_run_leaves_the_bytes_of_its_plan_within_a_tenth(done: dict[str, Run],
     if run.plan.disk.merged_bytes:
         assert run.plan.disk.merged_bytes == pytest.approx(run.size("merged"), rel=0.1)
     assert (run.output / "merged").exists() == (run.plan.disk.merged_bytes > 0)
+
+
+def test_a_packed_run_is_planned_in_rows_and_told_in_samples(done: dict[str, Run]) -> None:
+    plan = done["packed"].plan
+    assert (plan.train_samples, plan.exact) == (40, True)
+    # Samples would make 7 steps of 6.
+    assert plan.schedule.steps_per_epoch < 7
 
 
 def test_what_is_trained_is_what_is_saved(done: dict[str, Run]) -> None:
@@ -298,6 +315,7 @@ SHAPES = {
     "small": Shape(hidden=256, layers=16, inner=704, words=24_000, tied=True),
     "wide": Shape(hidden=512, layers=1, inner=1536, words=40_000),
     "deep": Shape(hidden=192, layers=48, inner=512, words=4_000),
+    "wordy": Shape(hidden=256, layers=4, inner=704, words=100_000, tied=True),
 }
 
 
@@ -374,14 +392,18 @@ def runtime_bytes() -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("shape", "uses_lora", "checkpointing", "batch", "length"),
+    ("shape", "uses_lora", "checkpointing", "batch", "length", "more"),
     [
-        ("small", True, True, 4, 256),
-        ("small", False, False, 2, 256),
-        ("wide", False, True, 4, 128),
-        ("wide", True, False, 4, 256),
-        ("deep", True, False, 1, 512),
-        ("deep", False, True, 4, 128),
+        ("small", True, True, 4, 256, ""),
+        ("small", False, False, 2, 256, ""),
+        ("small", True, False, 2, 256, "lora_dropout"),
+        ("wide", False, True, 4, 128, ""),
+        ("wide", True, False, 4, 256, ""),
+        ("deep", True, False, 1, 512, ""),
+        ("deep", False, True, 4, 128, ""),
+        ("wordy", True, False, 2, 256, ""),
+        ("deep", True, True, 2, 128, "use_qlora"),
+        ("wide", False, True, 1, 128, "use_8bit_optimizer"),
     ],
 )
 def test_peak_memory_is_that_of_the_plan_within_a_quarter(
@@ -393,6 +415,7 @@ def test_peak_memory_is_that_of_the_plan_within_a_quarter(
     checkpointing: bool,
     batch: int,
     length: int,
+    more: str,
 ) -> None:
     tokenizer = make_model(tmp_path / "tokenizer", positions=1024)
     model = make_shape(tmp_path / "model", tokenizer, SHAPES[shape])
@@ -416,8 +439,12 @@ def test_peak_memory_is_that_of_the_plan_within_a_quarter(
             "max_seq_length": length,
             "max_steps": 2,
         },
-        lora={"use_lora": uses_lora},
-        optimization={"gradient_checkpointing": checkpointing},
+        lora={"use_lora": uses_lora, "lora_dropout": 0.1 if more == "lora_dropout" else 0.0},
+        optimization={
+            "gradient_checkpointing": checkpointing,
+            "use_qlora": more == "use_qlora",
+            "use_8bit_optimizer": more == "use_8bit_optimizer",
+        },
     )
     peak, planned = peak_bytes(run), run.plan
     print(f"peak {peak / 1e6:.0f} MB, planned {planned.peak_memory_bytes / 1e6:.0f} MB")

@@ -167,3 +167,15 @@ def test_pretraining_ends_with_a_model(daemon: Daemon, studio: Path, tmp_path: P
     assert (Path(result.output_path) / "model.safetensors").is_file()
     assert ended.progress.step == ended.progress.total_steps > 0
     assert ended.progress.num_tokens > 0
+
+
+def test_a_run_in_4_and_8_bits_needs_no_gpu(daemon: Daemon, studio: Path, tmp_path: Path) -> None:
+    given = parameters(studio, tmp_path / "out", max_steps=20, learning_rate=1e-2)
+    given.optimization.use_qlora = given.optimization.use_8bit_optimizer = True
+    task = daemon.create(given, start=True)
+    ended = daemon.wait(task.name, "COMPLETED", "FAILED")
+    assert ended.state == task_pb2.TASK_STATE_COMPLETED, ended.end_message
+    events = daemon.events(task.name)
+    losses = [e.metrics.values["loss"] for e in events if e.HasField("metrics")]
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+    assert_whole(ended.last_checkpoint)

@@ -9,7 +9,7 @@ import pytest
 
 from finetuned import AsyncClient, Client
 
-METHODS = sorted(name for name in vars(Client) if not name.startswith("_"))
+METHODS = sorted(name for name in dir(Client) if not name.startswith("_"))
 
 
 def parameters(function: Any) -> list[tuple[str, Any, Any, Any]]:
@@ -21,7 +21,7 @@ def signature(function: Any) -> Any:
 
 
 def test_both_have_the_same_methods() -> None:
-    assert sorted(name for name in vars(AsyncClient) if not name.startswith("_")) == METHODS
+    assert sorted(name for name in dir(AsyncClient) if not name.startswith("_")) == METHODS
 
 
 @pytest.mark.parametrize("name", [*METHODS, "__init__"])

@@ -137,7 +137,7 @@ def test_a_file_that_mixes_formats_is_counted_by_format(tmp_path: Path) -> None:
         (
             '{"messages": [{"role": "robot", "content": ""}]}',
             "ROLE_UNKNOWN",
-            'messages[0].role must be system, user or assistant, not "robot"',
+            'messages[0].role must be system, user, assistant or tool, not "robot"',
             '而不是 "robot"',
         ),
         (

@@ -27,7 +27,12 @@ from finetuned_daemon.environment.model import CheckStatus, Item, Report
 from finetuned_daemon.environment.probe import Probe, ProbedDevice
 from finetuned_daemon.environment.python import Inventory
 from finetuned_daemon.environment.requirements import requirements
-from finetuned_daemon.parameters.models import OptimizationParameters, Parameters
+from finetuned_daemon.parameters.models import (
+    OptimizationParameters,
+    Parameters,
+    TrainingParameters,
+)
+from pythons import python_without
 
 TRAIN = ["accelerate", "jinja2", "peft", "psutil", "pydantic", "safetensors", "torch"]
 TRAIN += ["transformers"]
@@ -142,7 +147,7 @@ async def test_a_machine_that_can_train_is_ok_without_a_gpu_too(lab: Lab) -> Non
     assert found["finetuned"].found == __version__
     assert "training runs on the CPU" in found["driver"].message.en
     assert "CPU" in found["driver"].message.zh
-    assert found["device/cpu"].found.endswith(": bf16")
+    assert found["device/cpu"].found.endswith(": bf16, 4-bit, 8-bit")
     assert report.check_time > 0
 
 
@@ -151,9 +156,10 @@ async def test_what_is_wanted_stands_in_pyproject_alone(lab: Lab) -> None:
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert str(requirements().python) == project["requires-python"]
-    assert requirements().names == [
-        line.partition(">=")[0] for line in project["optional-dependencies"]["train"]
-    ]
+    extras = project["optional-dependencies"]
+    assert requirements().names == [line.partition(">=")[0] for line in extras["train"]]
+    wanted = requirements().bitsandbytes
+    assert f"{wanted.name}{wanted.specifier}" in extras["qlora"]
 
 
 async def test_with_a_gpu_it_is_listed_first_with_all_that_it_can_do(lab: Lab, gpu: None) -> None:
@@ -164,9 +170,7 @@ async def test_with_a_gpu_it_is_listed_first_with_all_that_it_can_do(lab: Lab, g
     assert found["device/cuda:0"].found == "NVIDIA A100: bf16, fp16, TF32, 4-bit, 8-bit"
     assert list(report.capabilities) == ["cuda:0", "cpu"]
     assert report.capabilities["cuda:0"].four_bit
-    # Nothing else is wrong; without bitsandbytes all but 4 and 8 bits runs.
-    assert wrong(report) == {"bitsandbytes": "PACKAGE_MISSING"}
-    assert report.status is CheckStatus.WARNING
+    assert report.status is CheckStatus.OK
 
 
 # --- asked once
@@ -437,10 +441,57 @@ def test_builds_for_a_device_and_previews_are_versions_like_others() -> None:
     assert {item.status for item in judged(bitsandbytes="0.50").values()} == {CheckStatus.OK}
 
 
-async def test_four_bits_without_bitsandbytes_do_not_start(lab: Lab) -> None:
-    parameters = Parameters(optimization=OptimizationParameters(use_qlora=True))
-    refused = await lab.environment().before_start(parameters, "cuda:0")
-    assert [(item.name, item.reason) for item in refused] == [("bitsandbytes", "PACKAGE_MISSING")]
+# --- bitsandbytes
+
+LOW_BIT = [
+    Parameters(optimization=OptimizationParameters(use_qlora=True)),
+    Parameters(optimization=OptimizationParameters(use_8bit_optimizer=True)),
+    Parameters(training=TrainingParameters(optimizer="adamw_8bit")),
+    Parameters(training=TrainingParameters(optimizer="paged_adamw_8bit")),
+]
+
+
+async def test_without_bitsandbytes_all_but_4_and_8_bits_starts(lab: Lab, gpu: None) -> None:
+    """A run that needs it is refused, on the CPU as on a GPU, with the command that brings it."""
+    python = python_without(lab.root / "plain", "bitsandbytes")
+    environment = lab.environment(runner_python=python)
+    for parameters in LOW_BIT:
+        for device_id in ("cpu", "cuda:0"):
+            (item,) = await environment.before_start(parameters, device_id)
+            assert (item.name, item.reason) == ("bitsandbytes", "PACKAGE_MISSING")
+            assert item.remedy.en == f"{python} -m pip install 'finetuned[qlora]'"
+    assert await environment.before_start(Parameters(), "cpu") == []
+    assert not environment.has_bitsandbytes()
+    lab.answers(devices=[a100(bitsandbytes=False)], cuda_build="12.8")
+    report = await environment.check(refresh=True)
+    assert wrong(report) == {"bitsandbytes": "PACKAGE_MISSING"}
+    assert report.status is CheckStatus.WARNING
+    assert not any(can.four_bit for can in report.capabilities.values())
+    assert environment.capability(CPU).four_bit, "the CPU could, if it were there"
+
+
+async def test_bitsandbytes_that_can_t_be_imported_stops_who_needs_it_alone(lab: Lab) -> None:
+    lab.answers(failures={"bitsandbytes": "OSError: libcudart.so.12"})
+    environment = lab.environment()
+    assert environment.has_bitsandbytes(), "not known yet"
+    report = await environment.check()
+    assert wrong(report) == {"bitsandbytes": "PACKAGE_BROKEN"}
+    assert report.status is CheckStatus.WARNING
+    assert not report.capabilities["cpu"].eight_bit_optimizer
+    assert not environment.has_bitsandbytes()
+    assert await environment.before_start(Parameters(), "cpu") == []
+    for parameters in LOW_BIT:
+        (item,) = await environment.before_start(parameters, "cpu")
+        assert "libcudart.so.12" in item.message.en
+
+
+def test_bitsandbytes_that_is_too_old_is_a_warning_until_a_run_needs_it() -> None:
+    item = judged(bitsandbytes="0.49.2")["bitsandbytes"]
+    assert (item.status, item.reason) == (CheckStatus.WARNING, "PACKAGE_TOO_OLD")
+    assert item.remedy.en == "/p -m pip install 'bitsandbytes>=0.50'"
+    found = Inventory(python="3.13.0", path=(), packages={"bitsandbytes": "0.49.2"})
+    needed = items.judge_packages("/p", found, has_gpu=False, needs_bitsandbytes=True)
+    assert {i.name: i.status for i in needed}["bitsandbytes"] is CheckStatus.ERROR
 
 
 # --- devices, disk
@@ -481,8 +532,9 @@ def test_what_a_device_can_do_comes_from_the_probe_or_else_from_the_driver() -> 
     )
     has = {"bitsandbytes": "0.50"}
     # bf16, fp16, TF32, 4-bit, 8-bit optimizers
-    assert can(CPU, None, has) == "x...."
-    assert can(CPU, probe, has) == "x...."
+    assert can(CPU, None, has) == can(CPU, None, None) == "x..xx"
+    assert can(CPU, probe, has) == "x..xx"
+    assert can(CPU, None, {}) == "x...."
     assert can(device("7.5"), None, has) == ".x..."
     assert can(device("8.0"), None, has) == "xxxxx"
     assert can(device("12.0"), None, has) == "xxxxx"

@@ -1,4 +1,4 @@
-"""The 49 parameters: the models against the facts, and what the check says."""
+"""The 49 parameters and the extensions: the models against the facts, and what the check says."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from conftest import REPOSITORY
 from finetuned_daemon.environment.model import Capability
 from finetuned_daemon.errors import Violation
 from finetuned_daemon.parameters import protos
-from finetuned_daemon.parameters.models import SECTIONS, Parameters
+from finetuned_daemon.parameters.models import EXTENSIONS, SECTIONS, Parameters
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.validation.check import check
 from finetuned_daemon.validation.surroundings import Surroundings
 
 FACTS: list[dict[str, Any]] = json.loads((REPOSITORY / "tests/data/parameters.json").read_text())
-BY_PATH = {f"{fact['section']}.{fact['name']}": fact for fact in FACTS}
+EXTENSION_FACTS: list[dict[str, Any]] = json.loads(
+    (REPOSITORY / "tests/data/extensions.json").read_text()
+)
+BY_PATH = {f"{fact['section']}.{fact['name']}": fact for fact in [*FACTS, *EXTENSION_FACTS]}
 PATHS = ("file", "directory")
 
 
@@ -44,9 +47,23 @@ def judge(
 
 
 def test_the_models_have_the_49_parameters_in_their_order() -> None:
-    of_models = [f"{s}.{name}" for s, model in SECTIONS.items() for name in model.model_fields]
-    assert of_models == list(BY_PATH)
+    of_models = [
+        f"{s}.{name}"
+        for s, model in SECTIONS.items()
+        if s != EXTENSIONS
+        for name in model.model_fields
+    ]
+    assert of_models == [f"{fact['section']}.{fact['name']}" for fact in FACTS]
     assert len(of_models) == 49
+
+
+def test_extensions_are_a_section_of_their_own_and_off_by_default() -> None:
+    """The default of each is the value that changes nothing."""
+    assert list(SECTIONS)[-1] == EXTENSIONS
+    assert list(SECTIONS[EXTENSIONS].model_fields) == [fact["name"] for fact in EXTENSION_FACTS]
+    off = {"bool": False, "float": 0}
+    for fact in EXTENSION_FACTS:
+        assert fact["default"] == off.get(fact["type"], fact.get("choices", [None])[0])
 
 
 WRONG_IN_ITSELF = ("WRONG_TYPE", "OUT_OF_RANGE", "NOT_A_CHOICE", "NOT_A_PATH", "NOT_ABSOLUTE")

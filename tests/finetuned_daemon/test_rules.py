@@ -28,6 +28,7 @@ AMPERE = Capability(bf16=True, fp16=True, tf32=True, four_bit=True, eight_bit_op
 TURING = Capability(bf16=False, fp16=True, tf32=False, four_bit=False, eight_bit_optimizer=False)
 ON_AMPERE = Surroundings(device="cuda:0", capability=AMPERE)
 ON_TURING = Surroundings(device="cuda:0", capability=TURING)
+BARE_AMPERE = Surroundings(device="cuda:0", capability=AMPERE, has_bitsandbytes=False)
 
 Values = dict[str, Any]
 
@@ -147,6 +148,36 @@ ACROSS: list[tuple[Values, TrainingType, Surroundings, tuple[str, str, Severity]
         ON_TURING,
         ("training.optimizer", "DEVICE_LACKS_IT", E),
     ),
+    (
+        {"optimization.tf32": True, "optimization.fp16": False},
+        SFT,
+        Surroundings(),
+        ("optimization.tf32", "DEVICE_LACKS_IT", E),
+    ),
+    (
+        {"optimization.use_qlora": True},
+        SFT,
+        BARE_AMPERE,
+        ("optimization.use_qlora", "BITSANDBYTES_MISSING", W),
+    ),
+    (
+        {"optimization.use_8bit_optimizer": True},
+        PRETRAIN,
+        BARE_AMPERE,
+        ("optimization.use_8bit_optimizer", "BITSANDBYTES_MISSING", W),
+    ),
+    (
+        {"training.optimizer": "adamw_8bit"},
+        SFT,
+        BARE_AMPERE,
+        ("training.optimizer", "BITSANDBYTES_MISSING", W),
+    ),
+    (
+        {"training.optimizer": "paged_adamw_8bit", "optimization.fp16": False},
+        SFT,
+        Surroundings(),
+        ("training.optimizer", "PAGED_OPTIMIZER_WITHOUT_GPU", N),
+    ),
     ({"lora.lora_dropout": 1.0}, SFT, ON_AMPERE, ("lora.lora_dropout", "NOTHING_TO_LEARN", W)),
     ({}, SFT, Surroundings(), ("optimization.fp16", "FP16_UNAVAILABLE_ON_CPU", N)),
     (
@@ -172,6 +203,29 @@ def test_a_constant_schedule_has_no_warm_up_to_be_too_long() -> None:
     values = {"training.max_steps": 10, "training.warmup_steps": 10}
     assert judge({**values, "training.lr_scheduler_type": "constant"}) == []
     assert judge({**values, "training.lr_scheduler_type": "constant_with_warmup"}) != []
+
+
+def test_four_and_eight_bits_are_in_order_on_the_cpu() -> None:
+    values = {"optimization.use_qlora": True, "optimization.fp16": False}
+    for more in ({"optimization.use_8bit_optimizer": True}, {"training.optimizer": "adamw_8bit"}):
+        assert judge({**values, **more}, SFT, Surroundings()) == []
+
+
+def test_everything_that_the_device_lacks_is_named_at_once() -> None:
+    values = {
+        "optimization.use_qlora": True,
+        "optimization.use_8bit_optimizer": True,
+        "training.optimizer": "adamw_8bit",
+        "optimization.fp16": False,
+        "optimization.bf16": True,
+        "optimization.tf32": True,
+    }
+    found = judge(values, SFT, ON_TURING)
+    assert {v.field for v in found} == values.keys() - {"optimization.fp16"}
+    assert {v.reason for v in found} == {"DEVICE_LACKS_IT"}
+    # What is suggested for each leaves nothing to refuse.
+    values |= {v.field: v.suggested for v in found}
+    assert judge(values, SFT, ON_TURING) == []
 
 
 def test_defaults_on_a_gpu_are_in_order() -> None:
@@ -405,6 +459,10 @@ WORLD: dict[str, tuple[Callable[[World], object], tuple[str, str, Severity]]] = 
     ),
     "quantized": (
         lambda w: w.config(quantization_config={"quant_method": "gptq"}),
+        ("data.model_path", "MODEL_IS_QUANTIZED", E),
+    ),
+    "quantized in 4 bits": (
+        lambda w: w.config(quantization_config={"quant_method": "bitsandbytes"}),
         ("data.model_path", "MODEL_IS_QUANTIZED", E),
     ),
     "broken tokenizer": (

@@ -166,7 +166,7 @@ def test_a_result_is_believed_whatever_the_exit() -> None:
     result = Result(end_reason=EndReason.FINISHED, step=9)
     outcome = decide(evidence(result=result, exit=Exit(signal="SIGKILL")))
     assert outcome.end_reason is EndReason.FINISHED
-    assert outcome.message == ENDS[EndReason.FINISHED].sentence
+    assert outcome.message == ENDS[EndReason.FINISHED].sentence.en
 
 
 def queue(*runs: tuple[str, TaskState]) -> list[Run]:

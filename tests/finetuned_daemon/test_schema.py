@@ -24,6 +24,9 @@ from finetuned_daemon.validation.check import check
 from finetuned_daemon.validation.surroundings import Surroundings
 
 FACTS: list[dict[str, Any]] = json.loads((REPOSITORY / "tests/data/parameters.json").read_text())
+EXTENSION_FACTS: list[dict[str, Any]] = json.loads(
+    (REPOSITORY / "tests/data/extensions.json").read_text()
+)
 FORM: dict[str, list[dict[str, Any]]] = json.loads(
     (REPOSITORY / "tests/data/form.json").read_text()
 )
@@ -51,14 +54,15 @@ def test_sections_and_their_fields_come_in_the_order_of_the_facts(
     assert [(s.name, s.label.zh, s.label.en) for s in served.sections] == [
         (s["name"], s["zh"], s["en"]) for s in sections
     ]
-    rows = [f for f in FACTS if f.get("applies", kind) == kind]
-    assert [f.path for s in served.sections for f in s.fields] == [
-        f"{row['section']}.{row['name']}" for row in rows
-    ]
-    assert len(rows) == (49 if kind == "sft" else 42)
+    for facts, is_extension in ((FACTS, False), (EXTENSION_FACTS, True)):
+        rows = [f for f in facts if f.get("applies", kind) == kind]
+        fields = [f for s in served.sections for f in s.fields if f.extension is is_extension]
+        assert [f.path for f in fields] == [f"{row['section']}.{row['name']}" for row in rows]
+        if not is_extension:
+            assert len(rows) == (49 if kind == "sft" else 42)
 
 
-@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact["name"])
+@pytest.mark.parametrize("fact", [*FACTS, *EXTENSION_FACTS], ids=lambda fact: fact["name"])
 def test_a_field_is_what_the_facts_say(fact: dict[str, Any]) -> None:
     field = FIELDS[f"{fact['section']}.{fact['name']}"]
     assert (field.label.zh, field.label.en) == (fact["zh"], fact["en"])
@@ -159,13 +163,13 @@ def gaps(sections: Mapping[str, type[Section]]) -> list[str]:
             else:
                 comment = match[1].replace("\n  //", "")
                 found += [f"{path}: {gap}" for gap in comment_gaps(comment, field)]
-    facts = {f"{fact['section']}.{fact['name']}" for fact in FACTS}
+    facts = {f"{fact['section']}.{fact['name']}" for fact in [*FACTS, *EXTENSION_FACTS]}
     messages = {
         f"{section.name}.{field.name}"
         for section in parameters_pb2.Parameters.DESCRIPTOR.fields
         for field in (section.message_type.fields if section.message_type else ())
     }
-    for place, paths in (("tests/data/parameters.json", facts), ("the stubs", messages)):
+    for place, paths in (("tests/data", facts), ("the stubs", messages)):
         found += [f"{path}: it is not in {place}" for path in of_models if path not in paths]
         found += [f"{path}: it is in {place}, not in the models" for path in paths - set(of_models)]
     # The client makes paths absolute, and can't ask a daemon which fields are paths.
@@ -217,7 +221,7 @@ def test_for_a_new_parameter_it_is_said_what_is_missing() -> None:
         "logging.logging_steps: its comment says default ['10'], the model 20",
         "logging.logging_steps: its comment says range [('1', '1000')], the model 1 to 99",
         "general.folder: it is not in parameters.proto",
-        "general.folder: it is not in tests/data/parameters.json",
+        "general.folder: it is not in tests/data",
         "general.folder: it is not in the stubs",
         "general.folder: it is a path, and not in _PATHS of cli/params.py",
     ]

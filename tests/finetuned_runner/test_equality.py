@@ -16,6 +16,8 @@ from finetuned_daemon.runs.contract import (
     TrainingType,
 )
 
+NEAR = 2e-5
+"""Sums in another order: the plain Trainer pads, and has logits where nothing is learned."""
 STEPS = {"num_train_epochs": 2, "learning_rate": 1e-2, "warmup_steps": 2}
 
 
@@ -58,9 +60,7 @@ def plain_losses(
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         model = get_peft_model(
             model,
-            LoraConfig(
-                r=16, lora_alpha=16, lora_dropout=0.1, target_modules=modules, task_type="CAUSAL_LM"
-            ),
+            LoraConfig(r=16, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM"),
         )
     trainer = Trainer(
         model=model,
@@ -129,7 +129,7 @@ def block_samples(model_path: str, file: str) -> list[dict[str, list[int]]]:
 def test_fine_tuning_has_the_losses_of_the_plain_trainer_at_every_step(shop, lora):
     run = shop.make(
         training=STEPS,
-        lora={"use_lora": lora, "lora_dropout": 0.1},
+        lora={"use_lora": lora},
         data={"reshuffle": True},  # as the plain Trainer does
     )
     shop.here(run)
@@ -140,7 +140,7 @@ def test_fine_tuning_has_the_losses_of_the_plain_trainer_at_every_step(shop, lor
         data.model_path, samples, shop.root / "plain", lora=lora, num_train_epochs=2
     )
     assert len(expected) == 12
-    assert run.losses() == expected
+    assert run.losses() == pytest.approx(expected, abs=NEAR)
     assert expected[12] < expected[1]
 
 
@@ -157,24 +157,17 @@ def test_pretraining_has_the_losses_of_the_plain_trainer_at_every_step(shop):
     samples = block_samples(data.model_path, data.train_file)
     expected = plain_losses(data.model_path, samples, shop.root / "plain", lora=False, max_steps=8)
     assert len(expected) == 8
-    assert run.losses() == expected
+    assert run.losses() == pytest.approx(expected, abs=NEAR)
 
 
 def test_without_reshuffling_the_first_epoch_is_the_plain_trainers_and_all_have_its_order(shop):
     run = shop.here(shop.make(training=STEPS | {"num_train_epochs": 1, "learning_rate": 1e-6}))
     again = shop.here(shop.make("again", training=STEPS | {"learning_rate": 1e-6}))
-    data = run.spec.parameters.data
-    samples = chat_samples(data.model_path, data.train_file)
-    from finetuned_runner.trainer import _FixedOrder
-
-    order = list(_FixedOrder(24, 42))
-    assert sorted(order) == list(range(24))
     # At a learning rate of next to nothing the loss of a step is that of its samples.
     losses = again.losses()
     for step in range(1, 7):
         assert losses[step] == pytest.approx(losses[step + 6], rel=1e-3)
         assert losses[step] == pytest.approx(run.losses()[step], rel=1e-3)
-    assert len(samples) == 24
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ from finetuned_daemon.dataset.report import (
     Progress,
     Report,
 )
-from finetuned_daemon.runs.contract import TrainingType
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.runs.contract import Spec, TrainingType
+from run_samples import samples_of
 from tiny import chats, documents, make_model, write_jsonl
 
 SFT, PRETRAIN = TrainingType.SFT, TrainingType.PRETRAIN
@@ -60,15 +63,28 @@ def ask(path: Path, model: Path, kind: TrainingType = SFT, **fields: Any) -> Mea
     )
 
 
-def as_trained(path: Path, model: Path, report: Any, kind: TrainingType, length: int = 128) -> Any:
-    """The samples of a real run."""
-    from finetuned_runner.data import encode_chats, encode_documents, load_chats, load_documents
-    from finetuned_runner.encoding import open_tokenizer
-
-    tokenizer = open_tokenizer(str(model))
-    if kind is SFT:
-        return encode_chats(load_chats(path), tokenizer, length, report)
-    return encode_documents(load_documents(path), tokenizer, length, report)
+def as_trained(
+    path: Path, model: Path, report: Any, kind: TrainingType, length: int = 128
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of each sample of a real run."""
+    parameters = Parameters.model_validate(
+        {
+            "data": {"train_file": str(path), "model_path": str(model)},
+            "training": {"max_seq_length": length},
+        }
+    )
+    spec = Spec(
+        task="tasks/test",
+        run=1,
+        training_type=kind,
+        device="cpu",
+        output_dir="",
+        parameters=parameters,
+    )
+    shutil.rmtree(report.run_dir / "tokens", ignore_errors=True)  # of an earlier call
+    samples = samples_of(spec, report)
+    found = [samples[index] for index in range(len(samples))]
+    return [(s["input_ids"].tolist(), s["labels"].tolist()) for s in found]
 
 
 @pytest.fixture
@@ -90,12 +106,12 @@ def mixed_chats(path: Path) -> Path:
 
 def test_the_figures_of_chats_are_those_of_a_run(tmp_path, model, report):
     path = mixed_chats(tmp_path / "chats.jsonl")
-    dataset = as_trained(path, model, report, SFT)
-    samples = list(dataset)
+    samples = as_trained(path, model, report, SFT)
+    tokens = sum(len(ids) for ids, _ in samples)
     seen = look(path, model)
     assert seen.train_samples == len(samples)
-    assert seen.tokens == dataset.num_tokens
-    assert seen.learned_tokens == sum(label != -100 for s in samples for label in s["labels"])
+    assert seen.tokens == tokens
+    assert seen.learned_tokens == sum(label != -100 for _, labels in samples for label in labels)
     assert (seen.samples, seen.empty_samples) == (82, 2)
     assert seen.cut_samples >= 20
     assert seen.problem.en == seen.tokenizer_problem.en == ""
@@ -104,52 +120,51 @@ def test_the_figures_of_chats_are_those_of_a_run(tmp_path, model, report):
     assert measured.train_samples == len(samples)
     assert measured.train.dropped == 2
     assert measured.train.cut == seen.cut_samples
-    assert measured.train.tokens == dataset.num_tokens
+    assert measured.train.tokens == tokens
     assert measured.train.learned_tokens == seen.learned_tokens
     assert list(measured.train.longest) == sorted(
-        ((len(s["input_ids"]), sum(label != -100 for label in s["labels"])) for s in samples),
+        ((len(ids), sum(label != -100 for label in labels)) for ids, labels in samples),
         reverse=True,
     )
-    assert measured.train.mean_length == dataset.num_tokens / len(samples)
+    assert measured.train.mean_length == tokens / len(samples)
 
 
 @pytest.mark.parametrize("name", ["texts.jsonl", "book.txt"])
 def test_the_figures_of_documents_are_those_of_a_run(tmp_path, model, report, name, monkeypatch):
-    from finetuned_runner import encoding
+    from finetuned_runner import pieces
 
-    monkeypatch.setattr(encoding, "_PIECE_CHARACTERS", 500)
+    monkeypatch.setattr(pieces, "_PIECE_CHARACTERS", 500)
     path = tmp_path / name
     if name.endswith("txt"):
         path.write_text("\n".join(document["text"] for document in documents(40)))
     else:
         write_jsonl(path, documents(40))
-    dataset = as_trained(path, model, report, PRETRAIN)
+    blocks = as_trained(path, model, report, PRETRAIN)
+    tokens = sum(len(ids) for ids, _ in blocks)
     seen = look(path, model, PRETRAIN)
-    assert seen.train_samples == len(dataset)
-    assert seen.tokens == seen.learned_tokens == dataset.num_tokens
+    assert seen.train_samples == len(blocks)
+    assert seen.tokens == seen.learned_tokens == tokens
     assert (seen.cut_samples, seen.empty_samples) == (0, 0)
     measured = ask(path, model, PRETRAIN)
-    assert (measured.exact, measured.train_samples) == (True, len(dataset))
-    assert measured.train.tokens == dataset.num_tokens
-    assert [tokens for tokens, _ in measured.train.longest] == [
-        len(sample["input_ids"]) for sample in dataset
-    ]
+    assert (measured.exact, measured.train_samples) == (True, len(blocks))
+    assert measured.train.tokens == tokens
+    assert [tokens for tokens, _ in measured.train.longest] == [len(ids) for ids, _ in blocks]
 
 
 def test_a_long_document_in_pieces_gives_the_tokens_of_the_whole(
     tmp_path, model, report, monkeypatch
 ):
-    from finetuned_runner import encoding
+    from finetuned_runner import pieces
 
     path = tmp_path / "book.txt"
     path.write_text("\n".join(document["text"] for document in documents(40)))
-    whole = list(as_trained(path, model, report, PRETRAIN))
-    monkeypatch.setattr(encoding, "_PIECE_CHARACTERS", 300)
-    assert list(as_trained(path, model, report, PRETRAIN)) == whole
+    whole = as_trained(path, model, report, PRETRAIN)
+    monkeypatch.setattr(pieces, "_PIECE_CHARACTERS", 300)
+    assert as_trained(path, model, report, PRETRAIN) == whole
     path.write_text(path.read_text().replace("\n", " "))
-    in_pieces = list(as_trained(path, model, report, PRETRAIN))
+    in_pieces = as_trained(path, model, report, PRETRAIN)
     monkeypatch.undo()
-    assert list(as_trained(path, model, report, PRETRAIN)) == in_pieces
+    assert as_trained(path, model, report, PRETRAIN) == in_pieces
 
 
 def test_alpaca_and_sharegpt_files_train_as_the_same_chats_do(tmp_path, model, report):
@@ -175,7 +190,7 @@ def test_alpaca_and_sharegpt_files_train_as_the_same_chats_do(tmp_path, model, r
         tmp_path / "array.json",
     ]
     same[3].write_text(json.dumps([{"messages": pair} for pair in pairs], indent=2))
-    first, *others = [list(as_trained(path, model, report, SFT)) for path in same]
+    first, *others = [as_trained(path, model, report, SFT) for path in same]
     assert len(first) == 12
     assert all(other == first for other in others)
 

@@ -18,6 +18,7 @@ from finetuned_daemon.runs.contract import (
     Progress,
     TrainingType,
 )
+from run_samples import samples_of
 from tiny import chats, weights, write_jsonl
 
 # --- ends
@@ -66,7 +67,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step_without_a_checkpoint
     save_file(tensors, str(poisoned / "model.safetensors"), metadata={"format": "pt"})
     run = shop.here(shop.make(data={"model_path": str(poisoned)}, training={"save_steps": 1}))
     assert run.result.end_reason is EndReason.LOSS_NOT_FINITE
-    assert "at step 1; try a training.learning_rate below 0.0002" in run.result.message
+    assert "at step 1; look at the model's weights" in run.result.message
     assert not run.checkpoints()
 
 
@@ -194,9 +195,6 @@ def test_errors_are_told_apart_by_type_and_text():
     result = judge(raised.value, Parameters(), 3)
     assert (result.message, result.step) == ("ZeroDivisionError: division by zero", 3)
     assert "ZeroDivisionError" in result.detail
-    full = judge(torch.OutOfMemoryError("CUDA out of memory"), Parameters(), 3)
-    assert "training.batch_size 2 -> 1" in full.message
-    assert "training.gradient_accumulation_steps 4 -> 8" in full.message
 
 
 # --- parameters
@@ -209,6 +207,7 @@ def test_max_steps_decides_over_epochs(shop):
     assert run.events(Progress)[-1].total_steps == 8
 
 
+@pytest.mark.proves("training.warmup_ratio", "training.lr_num_cycles", "training.lr_scheduler_type")
 @pytest.mark.parametrize(
     ("training", "expected"),
     [
@@ -237,6 +236,7 @@ def test_max_steps_decides_over_epochs(shop):
     ],
 )
 def test_schedules_and_warm_up(shop, training, expected):
+    """The rate of each step is the schedule's: it rises for its share, starts again so often."""
     run = shop.here(shop.make(training={"learning_rate": 1e-3, "save_strategy": "no", **training}))
     assert [rate / 1e-3 for rate in run.rates().values()] == pytest.approx(expected)
 
@@ -394,18 +394,17 @@ def test_all_weights_are_trained_and_saved_without_lora(shop):
 def test_pretraining_learns_every_token_of_blocks_of_equal_length(shop):
     from transformers import AutoTokenizer
 
-    from finetuned_daemon.dataset.formats import Document
-    from finetuned_runner.data import encode_documents
     from finetuned_runner.report import Report
 
     tokenizer = AutoTokenizer.from_pretrained(shop.model())
     texts = ["How do I list files? " * 10, "Use `ls`.", "Sort lines. " * 40]
-    documents = [Document(line, text) for line, text in enumerate(texts)]
-    dataset = encode_documents(documents, tokenizer, 128, Report(shop.root))
-    samples = list(dataset)
-    assert all(sample["input_ids"] == sample["labels"] for sample in samples)
+    file = write_jsonl(shop.root / "texts.jsonl", [{"text": text} for text in texts])
+    run = shop.make(kind=TrainingType.PRETRAIN, data={"train_file": str(file)})
+    dataset = samples_of(run.spec, Report(shop.root))
+    samples = [dataset[index] for index in range(len(dataset))]
+    assert all((sample["input_ids"] == sample["labels"]).all() for sample in samples)
     assert [len(sample["input_ids"]) for sample in samples][:-1] == [128] * (len(samples) - 1)
-    tokens = [token for sample in samples for token in sample["input_ids"]]
+    tokens = [token for sample in samples for token in sample["input_ids"].tolist()]
     assert tokenizer.decode(tokens) == "".join(text + tokenizer.eos_token for text in texts)
 
 

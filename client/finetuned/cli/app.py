@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from finetuned._version import __version__
-from finetuned.cli import check, daemon, dataset, device, doctor, form, task, template, train
+from finetuned.cli import check, daemon, dataset, device, doctor, form, probe, task, template, train
 from finetuned.cli.settings import Group, settings
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("check")(check.check)
 app.command("estimate")(check.estimate)
+app.command("probe")(probe.probe)
 app.command("params")(form.params)
 app.command("doctor")(doctor.doctor)
 app.add_typer(task.app, name="task")

@@ -154,6 +154,7 @@ def estimate(
     """
     from finetuned._errors import FieldViolation
     from finetuned._violations import from_messages
+    from finetuned.cli.checkpoint import show_plan
     from finetuned.cli.output import print_json
     from finetuned.cli.params import refused
     from finetuned.cli.violations import print_violations
@@ -177,6 +178,9 @@ def estimate(
         print_json(answer)
     else:
         _show_estimate(answer)
+        if answer.HasField("resume_plan"):
+            print()
+            show_plan(answer.resume_plan)
         print_violations(violations, to_stderr=True)
     if any(violation.severity == "error" for violation in violations):
         raise typer.Exit(Exit.USAGE)
@@ -342,7 +346,7 @@ def _show_estimate(answer: EstimateTaskResponse) -> None:
     trained = (
         f"{answer.trainable_parameters:,} of {answer.total_parameters:,} ({share:.2%}) trained"
     )
-    unknown = "not known: no run of this model has been measured on this machine"
+    unknown = "not known: no run or probe of this model has been measured on this machine"
     has_duration = answer.HasField("duration")
     seconds = answer.duration.ToTimedelta().total_seconds()
     print_pairs(
@@ -355,6 +359,7 @@ def _show_estimate(answer: EstimateTaskResponse) -> None:
             ("parameters", trained),
             ("duration", f"about {duration_text(seconds)}" if has_duration else unknown),
             ("device", answer.device),
+            ("measured", _measured(answer)),
             (
                 "memory",
                 f"{bytes_text(answer.peak_memory_bytes)} at the peak"
@@ -364,6 +369,17 @@ def _show_estimate(answer: EstimateTaskResponse) -> None:
         ]
     )
     _show_memory(answer)
+
+
+def _measured(answer: EstimateTaskResponse) -> str:
+    from finetuned.cli.output import time_text
+
+    if not answer.HasField("calibration"):
+        return ""
+    when = time_text(answer.calibration.probe_time)
+    if answer.calibration.measured:
+        return f"memory and speed, by the probe of {when}"
+    return f"no; corrected by a probe with other settings, of {when}"
 
 
 def _show_memory(answer: EstimateTaskResponse) -> None:

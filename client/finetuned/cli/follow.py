@@ -9,18 +9,19 @@ from collections.abc import Iterator
 from rich.text import Text
 
 from finetuned._client import Client
-from finetuned._parameters import flatten
 from finetuned.cli.curve import curve
-from finetuned.cli.output import STATE_STYLES, console, print_pairs, reason_word, state_word
+from finetuned.cli.failure import advice_text, evidence_rows, print_last_words
+from finetuned.cli.output import STATE_STYLES, print_pairs, reason_word, state_word
 from finetuned.cli.settings import Exit, say, task_command, task_word
 from finetuned.cli.tracker import Tracker
 from finetuned.cli.view import choose
-from finetuned.v1.task_pb2 import Task, TaskState, TrainingType
+from finetuned.v1.task_pb2 import EndReason, Task, TaskState, TrainingType
 
 _EXITS = {
     TaskState.TASK_STATE_COMPLETED: Exit.OK,
     TaskState.TASK_STATE_STOPPED: Exit.STOPPED,
     TaskState.TASK_STATE_FAILED: Exit.FAILED,
+    TaskState.TASK_STATE_PENDING: Exit.STOPPED,  # a probe, of a task that was never started
 }
 _CURVE_WIDTH = 72
 
@@ -42,6 +43,10 @@ def follow(client: Client, task: Task, *, as_json: bool, after_seq: int = 0) -> 
             say(f"  watch it again: {task_command('watch', tracker.task)}")
             say(f"  stop it:        {task_command('stop', tracker.task)}")
         return Exit.INTERRUPTED
+    if tracker.result and tracker.result.end_reason == EndReason.END_REASON_PROBED:
+        if not as_json:
+            say(f"it was a probe; start the task: {task_command('start', tracker.task, '--watch')}")
+        return Exit.OK
     if not as_json:
         _summarize(client.get_task(task.name), tracker)
     return _EXITS.get(tracker.state, Exit.FAILED)
@@ -61,10 +66,11 @@ def _summarize(task: Task, tracker: Tracker) -> None:
             ("why", result.message if result else task.end_message),
             ("output", output),
             ("checkpoint", tracker.checkpoint if tracker.checkpoint != output else ""),
+            *(evidence_rows(result) if result else ()),
         ]
     )
-    if result is not None and result.detail and tracker.state == TaskState.TASK_STATE_FAILED:
-        console().print(Text(result.detail.rstrip(), style="dim"), soft_wrap=True)
+    if result is not None and tracker.state == TaskState.TASK_STATE_FAILED:
+        print_last_words(result)
     for line in _next_steps(task, tracker):
         say(line)
 
@@ -80,10 +86,9 @@ def _next_steps(task: Task, tracker: Tracker) -> Iterator[str]:
     # What begins with a dash could be taken for an option of its own.
     like = f"--like={like}" if task_word(task).startswith("-") else f"--like {like}"
     if result is not None and result.HasField("fix"):
-        assignments = " ".join(
-            f"--set {path}={_set_value(value)}" for path, value in flatten(result.fix).items()
-        )
-        yield f"what would likely mend it: finetunectl train {like} {assignments}"
+        yield f"what would likely mend it: {task_command('fix', task, '--start')}"
+    elif result is not None and result.HasField("advice"):
+        yield advice_text(result.advice)
     if tracker.checkpoint:
         resume = f"data.resume_from_checkpoint={shlex.quote(tracker.checkpoint)}"
         yield f"go on from the checkpoint: finetunectl train {like} --set {resume}"
@@ -104,12 +109,6 @@ def _load_lines(task: Task, path: str) -> tuple[str, str]:
     else:
         kind, module = "AutoModelForCausalLM", "transformers"
     return f"from {module} import {kind}", f"model = {kind}.from_pretrained({path!r})"
-
-
-def _set_value(value: object) -> str:
-    if isinstance(value, list):
-        return shlex.quote(",".join(str(item) for item in value))
-    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
 
 
 def _has_braille() -> bool:

@@ -57,6 +57,8 @@ _KEYS = {
     "kind": "kind",
 }
 _KINDS = ("task", "template")
+_RECORD = "training_record"
+_ASKED = ("training_type", "device", "parameters")
 DUPLICATE_KEY = "DUPLICATE_KEY"
 
 
@@ -120,6 +122,8 @@ class Draft:
 def read_file(path: Path) -> Wish:
     """A parameter file: sections at the top or under `parameters`, beside type, name, and device.
 
+    The `training_record.json` of a run stands for what the run was asked for.
+
     Raises:
         InvalidArgument: It can't be read, or is neither YAML nor JSON.
     """
@@ -138,6 +142,8 @@ def read_file(path: Path) -> Wish:
         raise _bad_file(path, "must hold sections such as `training:` with parameters below them")
     wish = Wish()
     document = cast("dict[str, Any]", content)
+    if document.get("kind") == _RECORD:  # what a run leaves says more than what it was asked for
+        document = {key: value for key, value in document.items() if key in _ASKED}
     nested: Any = document.pop("parameters", None)
     if not isinstance(nested, dict):
         if nested not in _NOTHING:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetuned.cli.checkpoint import (
+    ResumeOption,
+    checkpoints,
+    delete_checkpoint,
+    plan_resume,
+    resume_of,
+)
 from finetuned.cli.edit import edit
+from finetuned.cli.export import export_config
+from finetuned.cli.fix import fix
 from finetuned.cli.settings import (
     Exit,
     JsonOption,
@@ -41,6 +50,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Tasks: what to train and how, and where it stands.")
 app.command("edit")(edit)
+app.command("checkpoints")(checkpoints)
+app.command("delete-checkpoint")(delete_checkpoint)
+app.command("export-config")(export_config)
+app.command("fix")(fix)
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -144,6 +157,10 @@ def show(ctx: typer.Context, name: TaskArgument, as_json: JsonOption = False) ->
 def start(
     ctx: typer.Context,
     name: TaskArgument,
+    resume: ResumeOption = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="With --resume: start nothing, tell what it would be.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -153,7 +170,11 @@ def start(
 
     with settings(ctx).client() as client:
         before = client.get_task(name)
-        task = client.start_task(before.name)
+        source = resume_of(client, before, resume) if resume else ""
+        if plan:
+            plan_resume(client, before, source, as_json)
+            return
+        task = client.start_task(before.name, resume=source)
         if watch:
             raise typer.Exit(follow(client, task, as_json=as_json, after_seq=before.last_seq))
     if as_json:

@@ -231,9 +231,19 @@ def event_line(event: Event, tracker: Tracker) -> str:
             saved = event.checkpoint_saved
             size = f" ({bytes_text(saved.size_bytes)})" if saved.size_bytes else ""
             return f"checkpoint at step {saved.step}: {saved.path}{size}"
+        case "best_checkpoint":
+            best = event.best_checkpoint
+            return f"best checkpoint so far: step {best.step} (eval_loss {best.eval_loss:.4g})"
         case "evaluation":
             return f"evaluation at step {event.evaluation.step}  " + _values(
                 event.evaluation.values
+            )
+        case "probe_report":
+            report = event.probe_report
+            return (
+                f"measured: {bytes_text(report.peak_memory_bytes)} at the peak, "
+                f"{report.tokens_per_second:,.0f} tokens/s, "
+                f"about {duration_text(report.duration_seconds)} for the run"
             )
         case "notice":
             field = event.notice.field

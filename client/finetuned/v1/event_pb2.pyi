@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from finetuned.v1 import parameter_service_pb2 as _parameter_service_pb2
 from finetuned.v1 import parameters_pb2 as _parameters_pb2
 from finetuned.v1 import task_pb2 as _task_pb2
 from google.protobuf import descriptor as _descriptor
@@ -41,6 +42,8 @@ class Event(_message.Message):
     NOTICE_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     TASK_EDITED_FIELD_NUMBER: _builtins.int
+    BEST_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    PROBE_REPORT_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Position in the task's log: 1, 2, 3 ... without gap or repeat."""
     run: _builtins.int
@@ -93,6 +96,14 @@ class Event(_message.Message):
     def task_edited(self) -> Global___TaskEdited:
         """Somebody changed the task: get it again."""
 
+    @_builtins.property
+    def best_checkpoint(self) -> Global___BestCheckpoint:
+        """A checkpoint has a lower evaluation loss than all before."""
+
+    @_builtins.property
+    def probe_report(self) -> Global___ProbeReport:
+        """A probe has measured what a run takes."""
+
     def __init__(
         self,
         *,
@@ -110,12 +121,14 @@ class Event(_message.Message):
         notice: Global___Notice | None = ...,
         result: Global___Result | None = ...,
         task_edited: Global___TaskEdited | None = ...,
+        best_checkpoint: Global___BestCheckpoint | None = ...,
+        probe_report: Global___ProbeReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "progress", b"progress", "result", b"result", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best_checkpoint", b"best_checkpoint", "checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "probe_report", b"probe_report", "progress", b"progress", "result", b"result", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "progress", b"progress", "result", b"result", "run", b"run", "seq", b"seq", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_checkpoint", b"best_checkpoint", "checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "probe_report", b"probe_report", "progress", b"progress", "result", b"result", "run", b"run", "seq", b"seq", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_change", "phase_change", "progress", "metrics", "log_line", "checkpoint_saved", "checkpoint_deleted", "evaluation", "notice", "result", "task_edited"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_change", "phase_change", "progress", "metrics", "log_line", "checkpoint_saved", "checkpoint_deleted", "evaluation", "notice", "result", "task_edited", "best_checkpoint", "probe_report"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -330,6 +343,38 @@ class CheckpointDeleted(_message.Message):
 Global___CheckpointDeleted: _TypeAlias = CheckpointDeleted  # noqa: Y015
 
 @_typing.final
+class BestCheckpoint(_message.Message):
+    """A checkpoint has a lower evaluation loss than all before, those that the run goes on from included. `save_total_limit` never
+    removes the run's best one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    EVAL_LOSS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Folder of the checkpoint."""
+    step: _builtins.int
+    """Optimizer step."""
+    eval_loss: _builtins.float
+    """Evaluation loss at this step, in nats a token."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        step: _builtins.int = ...,
+        eval_loss: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eval_loss", b"eval_loss", "path", b"path", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BestCheckpoint: _TypeAlias = BestCheckpoint  # noqa: Y015
+
+@_typing.final
 class Evaluation(_message.Message):
     """The evaluation data was scored."""
 
@@ -382,6 +427,90 @@ class Evaluation(_message.Message):
 Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
 
 @_typing.final
+class ProbeReport(_message.Message):
+    """What a probe has measured, and what the whole run will take by that. Its batches are made of the longest samples, so that no batch
+    of the run takes more memory. Neither merging nor what is trained along with `extensions.report_to` was tried.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_STEP_FIELD_NUMBER: _builtins.int
+    START_SECONDS_FIELD_NUMBER: _builtins.int
+    EVALUATION_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_EVALUATION_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    DURATION_SECONDS_FIELD_NUMBER: _builtins.int
+    RUN_STEPS_FIELD_NUMBER: _builtins.int
+    TRAIN_SAMPLES_FIELD_NUMBER: _builtins.int
+    TRAIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LONGEST_TOKENS_FIELD_NUMBER: _builtins.int
+    peak_memory_bytes: _builtins.int
+    """Peak memory: of the GPU where it runs on one, with what CUDA itself takes; else resident memory of the process. In bytes."""
+    memory_total_bytes: _builtins.int
+    """Memory of the device, in all, in bytes."""
+    memory_available_bytes: _builtins.int
+    """Memory that the run could have: what was free when it trained, and what it had itself. In bytes."""
+    tokens_per_second: _builtins.float
+    """Real (not padding) tokens a second, the first step left out."""
+    seconds_per_step: _builtins.float
+    """Of an optimizer step on the longest samples."""
+    start_seconds: _builtins.float
+    """Time before the second step, as far as it was not training: imports, loading, what is done once. Tokenizing is left out."""
+    evaluation_tokens_per_second: _builtins.float
+    """Tokens a second of an evaluation; 0: the run has none."""
+    seconds_per_evaluation: _builtins.float
+    """Of one evaluation of all the evaluation data; 0: the run has none."""
+    seconds_per_checkpoint: _builtins.float
+    """Of a checkpoint, until it is durable."""
+    checkpoint_bytes: _builtins.int
+    """Of a checkpoint, in bytes."""
+    disk_bytes: _builtins.int
+    """What the run will leave: kept checkpoints, the final model, the merged model. In bytes."""
+    duration_seconds: _builtins.float
+    """Of the whole run, from start to end, in seconds."""
+    run_steps: _builtins.int
+    """Optimizer steps that the run will take."""
+    train_samples: _builtins.int
+    """Samples trained on in an epoch; rows, where they are packed."""
+    train_tokens: _builtins.int
+    """Real (not padding) tokens of these."""
+    longest_tokens: _builtins.int
+    """Tokens of the longest of these."""
+    def __init__(
+        self,
+        *,
+        peak_memory_bytes: _builtins.int = ...,
+        memory_total_bytes: _builtins.int = ...,
+        memory_available_bytes: _builtins.int = ...,
+        tokens_per_second: _builtins.float = ...,
+        seconds_per_step: _builtins.float = ...,
+        start_seconds: _builtins.float = ...,
+        evaluation_tokens_per_second: _builtins.float = ...,
+        seconds_per_evaluation: _builtins.float = ...,
+        seconds_per_checkpoint: _builtins.float = ...,
+        checkpoint_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        duration_seconds: _builtins.float = ...,
+        run_steps: _builtins.int = ...,
+        train_samples: _builtins.int = ...,
+        train_tokens: _builtins.int = ...,
+        longest_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "disk_bytes", b"disk_bytes", "duration_seconds", b"duration_seconds", "evaluation_tokens_per_second", b"evaluation_tokens_per_second", "longest_tokens", b"longest_tokens", "memory_available_bytes", b"memory_available_bytes", "memory_total_bytes", b"memory_total_bytes", "peak_memory_bytes", b"peak_memory_bytes", "run_steps", b"run_steps", "seconds_per_checkpoint", b"seconds_per_checkpoint", "seconds_per_evaluation", b"seconds_per_evaluation", "seconds_per_step", b"seconds_per_step", "start_seconds", b"start_seconds", "tokens_per_second", b"tokens_per_second", "train_samples", b"train_samples", "train_tokens", b"train_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeReport: _TypeAlias = ProbeReport  # noqa: Y015
+
+@_typing.final
 class Notice(_message.Message):
     """A setting that the run had to change, and why."""
 
@@ -425,6 +554,8 @@ class Result(_message.Message):
     SIGNAL_FIELD_NUMBER: _builtins.int
     FIX_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
     end_reason: _task_pb2.EndReason.ValueType
     """Why."""
     message: _builtins.str
@@ -441,7 +572,15 @@ class Result(_message.Message):
     """Last lines of the traceback or console, where it failed."""
     @_builtins.property
     def fix(self) -> _parameters_pb2.Parameters:
-        """Parameters that would likely mend it, as a patch. Absent where none is known."""
+        """Parameters that would likely mend it, as a patch of the task's. Absent where none is known. An empty text clears a parameter."""
+
+    @_builtins.property
+    def evidence(self) -> Global___Evidence:
+        """What it can be judged by, where it failed."""
+
+    @_builtins.property
+    def advice(self) -> _parameter_service_pb2.LocalizedText:
+        """Where it failed: why `fix` would mend it; where there is no fix, what to do by hand. Empty texts: nothing to say."""
 
     def __init__(
         self,
@@ -454,16 +593,86 @@ class Result(_message.Message):
         signal: _builtins.str = ...,
         fix: _parameters_pb2.Parameters | None = ...,
         detail: _builtins.str = ...,
+        evidence: Global___Evidence | None = ...,
+        advice: _parameter_service_pb2.LocalizedText | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "fix", b"fix"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "advice", b"advice", "evidence", b"evidence", "exit_code", b"exit_code", "fix", b"fix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "detail", b"detail", "end_reason", b"end_reason", "exit_code", b"exit_code", "fix", b"fix", "message", b"message", "output_path", b"output_path", "signal", b"signal", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "advice", b"advice", "detail", b"detail", "end_reason", b"end_reason", "evidence", b"evidence", "exit_code", b"exit_code", "fix", b"fix", "message", b"message", "output_path", b"output_path", "signal", b"signal", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
 
 Global___Result: _TypeAlias = Result  # noqa: Y015
+
+@_typing.final
+class Evidence(_message.Message):
+    """What a failed run can be judged by."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LastMetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LAST_METRICS_STEP_FIELD_NUMBER: _builtins.int
+    LAST_METRICS_FIELD_NUMBER: _builtins.int
+    LOG_LINES_FIELD_NUMBER: _builtins.int
+    SAMPLE_LINES_FIELD_NUMBER: _builtins.int
+    SAMPLE_EXCERPT_FIELD_NUMBER: _builtins.int
+    SAMPLE_FILE_FIELD_NUMBER: _builtins.int
+    last_metrics_step: _builtins.int
+    """Optimizer step of `last_metrics`."""
+    sample_excerpt: _builtins.str
+    """What the first of these samples looks like; at most 500 characters. May be empty."""
+    sample_file: _builtins.str
+    """The data file that these are lines of. Empty where there are none."""
+    @_builtins.property
+    def last_metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The last metrics before the end, as in Metrics. Empty: there were none."""
+
+    @_builtins.property
+    def log_lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Last lines of the log before the end, oldest first; at most 20, of 4000 characters together."""
+
+    @_builtins.property
+    def sample_lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Lines of a data file, from 1, whose samples it failed with: bad lines, or the samples of the step. At most 1000."""
+
+    def __init__(
+        self,
+        *,
+        last_metrics_step: _builtins.int = ...,
+        last_metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        log_lines: _abc.Iterable[_builtins.str] | None = ...,
+        sample_lines: _abc.Iterable[_builtins.int] | None = ...,
+        sample_excerpt: _builtins.str = ...,
+        sample_file: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_metrics", b"last_metrics", "last_metrics_step", b"last_metrics_step", "log_lines", b"log_lines", "sample_excerpt", b"sample_excerpt", "sample_file", b"sample_file", "sample_lines", b"sample_lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
 
 @_typing.final
 class TaskEdited(_message.Message):

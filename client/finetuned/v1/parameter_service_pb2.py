@@ -26,55 +26,64 @@ from finetuned.v1 import parameters_pb2 as finetuned_dot_v1_dot_parameters__pb2
 from finetuned.v1 import task_pb2 as finetuned_dot_v1_dot_task__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$finetuned/v1/parameter_service.proto\x12\x0c\x66inetuned.v1\x1a\x1d\x66inetuned/v1/parameters.proto\x1a\x17\x66inetuned/v1/task.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\'\n\rLocalizedText\x12\n\n\x02zh\x18\x01 \x01(\t\x12\n\n\x02\x65n\x18\x02 \x01(\t\"N\n\x19GetParameterSchemaRequest\x12\x31\n\rtraining_type\x18\x01 \x01(\x0e\x32\x1a.finetuned.v1.TrainingType\"\xe6\x01\n\x1aGetParameterSchemaResponse\x12\x30\n\x08sections\x18\x01 \x03(\x0b\x32\x1e.finetuned.v1.ParameterSection\x12*\n\x05\x66olds\x18\x02 \x03(\x0b\x32\x1b.finetuned.v1.ParameterFold\x12\x31\n\x0btask_states\x18\x03 \x03(\x0b\x32\x1c.finetuned.v1.TaskStateLabel\x12\x37\n\x0etraining_types\x18\x04 \x03(\x0b\x32\x1f.finetuned.v1.TrainingTypeLabel\"z\n\x10ParameterSection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12,\n\x06\x66ields\x18\x03 \x03(\x0b\x32\x1c.finetuned.v1.ParameterField\"[\n\rParameterFold\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12\x10\n\x08\x65xpanded\x18\x03 \x01(\x08\"s\n\x0eTaskStateLabel\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12\r\n\x05\x63olor\x18\x03 \x01(\t\"r\n\x11TrainingTypeLabel\x12\x31\n\rtraining_type\x18\x01 \x01(\x0e\x32\x1a.finetuned.v1.TrainingType\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\"\x8c\x05\n\x0eParameterField\x12\x0c\n\x04path\x18\x01 \x01(\t\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12)\n\x04help\x18\x03 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12)\n\x04type\x18\x04 \x01(\x0e\x32\x1b.finetuned.v1.ParameterType\x12$\n\x06widget\x18\x05 \x01(\x0e\x32\x14.finetuned.v1.Widget\x12\x0c\n\x04\x66old\x18\x06 \x01(\t\x12\x10\n\x08required\x18\x07 \x01(\x08\x12\x13\n\x0b\x64iscouraged\x18\x08 \x01(\x08\x12-\n\rdefault_value\x18\t \x01(\x0b\x32\x16.google.protobuf.Value\x12\x14\n\x07minimum\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07maximum\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04step\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12)\n\x04unit\x18\r \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12.\n\x07\x63hoices\x18\x0e \x03(\x0b\x32\x1d.finetuned.v1.ParameterChoice\x12\x1c\n\x14\x61llows_other_choices\x18\x0f \x01(\x08\x12-\n\x0cvisible_when\x18\x10 \x03(\x0b\x32\x17.finetuned.v1.Condition\x12-\n\x0c\x65nabled_when\x18\x11 \x03(\x0b\x32\x17.finetuned.v1.Condition\x12)\n\x04note\x18\x12 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedTextB\n\n\x08_minimumB\n\n\x08_maximumB\x07\n\x05_step\"L\n\x0fParameterChoice\x12\r\n\x05value\x18\x01 \x01(\t\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\"u\n\tCondition\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x31\n\x08operator\x18\x02 \x01(\x0e\x32\x1f.finetuned.v1.ConditionOperator\x12&\n\x06values\x18\x03 \x03(\x0b\x32\x16.google.protobuf.Value\"\xc6\x01\n\x19ValidateParametersRequest\x12\x31\n\rtraining_type\x18\x01 \x01(\x0e\x32\x1a.finetuned.v1.TrainingType\x12,\n\nparameters\x18\x02 \x01(\x0b\x32\x18.finetuned.v1.Parameters\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x18\n\x10\x61llow_unfinished\x18\x06 \x01(\x08\"\x8f\x01\n\x1aValidateParametersResponse\x12\x34\n\nviolations\x18\x01 \x03(\x0b\x32 .finetuned.v1.ParameterViolation\x12\r\n\x05valid\x18\x02 \x01(\x08\x12,\n\nparameters\x18\x03 \x01(\x0b\x32\x18.finetuned.v1.Parameters\"\xb8\x01\n\x12ParameterViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12(\n\x08severity\x18\x04 \x01(\x0e\x32\x16.finetuned.v1.Severity\x12/\n\x0fsuggested_value\x18\x05 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x17\n\x0fsuggested_field\x18\x06 \x01(\t\"\xa6\x01\n\x13\x45stimateTaskRequest\x12\x31\n\rtraining_type\x18\x01 \x01(\x0e\x32\x1a.finetuned.v1.TrainingType\x12,\n\nparameters\x18\x02 \x01(\x0b\x32\x18.finetuned.v1.Parameters\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\"\xb4\x05\n\x14\x45stimateTaskResponse\x12\x15\n\rtrain_samples\x18\x01 \x01(\x03\x12\x14\n\x0c\x65val_samples\x18\x02 \x01(\x03\x12\x14\n\x0ctrain_tokens\x18\x03 \x01(\x03\x12\x13\n\x0b\x63ut_samples\x18\x04 \x01(\x03\x12\x17\n\x0f\x64ropped_samples\x18\x05 \x01(\x03\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x13\n\x0btotal_steps\x18\x07 \x01(\x03\x12\x17\n\x0fsteps_per_epoch\x18\x08 \x01(\x03\x12\x11\n\trun_steps\x18\t \x01(\x03\x12\x13\n\x0b\x63heckpoints\x18\n \x01(\x03\x12\x18\n\x10kept_checkpoints\x18\x0b \x01(\x03\x12\x17\n\nquota_left\x18\x0c \x01(\x03H\x00\x88\x01\x01\x12\x12\n\ndisk_bytes\x18\r \x01(\x03\x12\x18\n\x10\x63heckpoint_bytes\x18\x0e \x01(\x03\x12\x17\n\x0f\x64isk_free_bytes\x18\x0f \x01(\x03\x12\x1c\n\x14trainable_parameters\x18\x10 \x01(\x03\x12\x18\n\x10total_parameters\x18\x11 \x01(\x03\x12\x19\n\x11peak_memory_bytes\x18\x12 \x01(\x03\x12.\n\x0cmemory_parts\x18\x13 \x03(\x0b\x32\x18.finetuned.v1.MemoryPart\x12\x1a\n\x12memory_total_bytes\x18\x14 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x15 \x01(\x03\x12\x30\n\x08\x64uration\x18\x16 \x01(\x0b\x32\x19.google.protobuf.DurationH\x01\x88\x01\x01\x12\x0e\n\x06\x64\x65vice\x18\x17 \x01(\t\x12\x34\n\nviolations\x18\x18 \x03(\x0b\x32 .finetuned.v1.ParameterViolationB\r\n\x0b_quota_leftB\x0b\n\t_duration\")\n\nMemoryPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03*v\n\x11\x43onditionOperator\x12\"\n\x1e\x43ONDITION_OPERATOR_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43ONDITION_OPERATOR_ONE_OF\x10\x01\x12\x1e\n\x1a\x43ONDITION_OPERATOR_NONE_OF\x10\x02*\xec\x01\n\rParameterType\x12\x1e\n\x1aPARAMETER_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13PARAMETER_TYPE_BOOL\x10\x01\x12\x16\n\x12PARAMETER_TYPE_INT\x10\x02\x12\x18\n\x14PARAMETER_TYPE_FLOAT\x10\x03\x12\x19\n\x15PARAMETER_TYPE_CHOICE\x10\x04\x12\x1e\n\x1aPARAMETER_TYPE_MULTICHOICE\x10\x05\x12\x17\n\x13PARAMETER_TYPE_FILE\x10\x06\x12\x1c\n\x18PARAMETER_TYPE_DIRECTORY\x10\x07*\xd0\x01\n\x06Widget\x12\x16\n\x12WIDGET_UNSPECIFIED\x10\x00\x12\x11\n\rWIDGET_SWITCH\x10\x01\x12\x11\n\rWIDGET_NUMBER\x10\x02\x12\x15\n\x11WIDGET_SCIENTIFIC\x10\x03\x12\x11\n\rWIDGET_SLIDER\x10\x04\x12\x11\n\rWIDGET_SELECT\x10\x05\x12\x16\n\x12WIDGET_MULTISELECT\x10\x06\x12\x16\n\x12WIDGET_FILE_PICKER\x10\x07\x12\x1b\n\x17WIDGET_DIRECTORY_PICKER\x10\x08*c\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x12\n\x0eSEVERITY_ERROR\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x13\n\x0fSEVERITY_NOTICE\x10\x03\x32\xbb\x02\n\x10ParameterService\x12g\n\x12GetParameterSchema\x12\'.finetuned.v1.GetParameterSchemaRequest\x1a(.finetuned.v1.GetParameterSchemaResponse\x12g\n\x12ValidateParameters\x12\'.finetuned.v1.ValidateParametersRequest\x1a(.finetuned.v1.ValidateParametersResponse\x12U\n\x0c\x45stimateTask\x12!.finetuned.v1.EstimateTaskRequest\x1a\".finetuned.v1.EstimateTaskResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$finetuned/v1/parameter_service.proto\x12\x0c\x66inetuned.v1\x1a\x1d\x66inetuned/v1/parameters.proto\x1a\x17\x66inetuned/v1/task.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\'\n\rLocalizedText\x12\n\n\x02zh\x18\x01 \x01(\t\x12\n\n\x02\x65n\x18\x02 \x01(\t\"N\n\x19GetParameterSchemaRequest\x12\x31\n\rtraining_type\x18\x01 \x01(\x0e\x32\x1a.finetuned.v1.TrainingType\"\xe6\x01\n\x1aGetParameterSchemaResponse\x12\x30\n\x08sections\x18\x01 \x03(\x0b\x32\x1e.finetuned.v1.ParameterSection\x12*\n\x05\x66olds\x18\x02 \x03(\x0b\x32\x1b.finetuned.v1.ParameterFold\x12\x31\n\x0btask_states\x18\x03 \x03(\x0b\x32\x1c.finetuned.v1.TaskStateLabel\x12\x37\n\x0etraining_types\x18\x04 \x03(\x0b\x32\x1f.finetuned.v1.TrainingTypeLabel\"z\n\x10ParameterSection\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12,\n\x06\x66ields\x18\x03 \x03(\x0b\x32\x1c.finetuned.v1.ParameterField\"[\n\rParameterFold\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12\x10\n\x08\x65xpanded\x18\x03 \x01(\x08\"s\n\x0eTaskStateLabel\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12\r\n\x05\x63olor\x18\x03 \x01(\t\"r\n\x11TrainingTypeLabel\x12\x31\n\rtraining_type\x18\x01 \x01(\x0e\x32\x1a.finetuned.v1.TrainingType\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\"\x9f\x05\n\x0eParameterField\x12\x0c\n\x04path\x18\x01 \x01(\t\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12)\n\x04help\x18\x03 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12)\n\x04type\x18\x04 \x01(\x0e\x32\x1b.finetuned.v1.ParameterType\x12$\n\x06widget\x18\x05 \x01(\x0e\x32\x14.finetuned.v1.Widget\x12\x0c\n\x04\x66old\x18\x06 \x01(\t\x12\x10\n\x08required\x18\x07 \x01(\x08\x12\x13\n\x0b\x64iscouraged\x18\x08 \x01(\x08\x12-\n\rdefault_value\x18\t \x01(\x0b\x32\x16.google.protobuf.Value\x12\x14\n\x07minimum\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07maximum\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04step\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12)\n\x04unit\x18\r \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12.\n\x07\x63hoices\x18\x0e \x03(\x0b\x32\x1d.finetuned.v1.ParameterChoice\x12\x1c\n\x14\x61llows_other_choices\x18\x0f \x01(\x08\x12-\n\x0cvisible_when\x18\x10 \x03(\x0b\x32\x17.finetuned.v1.Condition\x12-\n\x0c\x65nabled_when\x18\x11 \x03(\x0b\x32\x17.finetuned.v1.Condition\x12)\n\x04note\x18\x12 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\x12\x11\n\textension\x18\x13 \x01(\x08\x42\n\n\x08_minimumB\n\n\x08_maximumB\x07\n\x05_step\"L\n\x0fParameterChoice\x12\r\n\x05value\x18\x01 \x01(\t\x12*\n\x05label\x18\x02 \x01(\x0b\x32\x1b.finetuned.v1.LocalizedText\"u\n\tCondition\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x31\n\x08operator\x18\x02 \x01(\x0e\x32\x1f.finetuned.v1.ConditionOperator\x12&\n\x06values\x18\x03 \x03(\x0b\x32\x16.google.protobuf.Value\"\xc6\x01\n\x19ValidateParametersRequest\x12\x31\n\rtraining_type\x18\x01 \x01(\x0e\x32\x1a.finetuned.v1.TrainingType\x12,\n\nparameters\x18\x02 \x01(\x0b\x32\x18.finetuned.v1.Parameters\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12\x18\n\x10\x61llow_unfinished\x18\x06 \x01(\x08\"\x8f\x01\n\x1aValidateParametersResponse\x12\x34\n\nviolations\x18\x01 \x03(\x0b\x32 .finetuned.v1.ParameterViolation\x12\r\n\x05valid\x18\x02 \x01(\x08\x12,\n\nparameters\x18\x03 \x01(\x0b\x32\x18.finetuned.v1.Parameters\"\xb8\x01\n\x12ParameterViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12(\n\x08severity\x18\x04 \x01(\x0e\x32\x16.finetuned.v1.Severity\x12/\n\x0fsuggested_value\x18\x05 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x17\n\x0fsuggested_field\x18\x06 \x01(\t\"\xd2\x01\n\x13\x45stimateTaskRequest\x12\x31\n\rtraining_type\x18\x01 \x01(\x0e\x32\x1a.finetuned.v1.TrainingType\x12,\n\nparameters\x18\x02 \x01(\x0b\x32\x18.finetuned.v1.Parameters\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x10\n\x08template\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12*\n\x06resume\x18\x06 \x01(\x0e\x32\x1a.finetuned.v1.ResumeChoice\"\x93\x06\n\x14\x45stimateTaskResponse\x12\x15\n\rtrain_samples\x18\x01 \x01(\x03\x12\x14\n\x0c\x65val_samples\x18\x02 \x01(\x03\x12\x14\n\x0ctrain_tokens\x18\x03 \x01(\x03\x12\x13\n\x0b\x63ut_samples\x18\x04 \x01(\x03\x12\x17\n\x0f\x64ropped_samples\x18\x05 \x01(\x03\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x13\n\x0btotal_steps\x18\x07 \x01(\x03\x12\x17\n\x0fsteps_per_epoch\x18\x08 \x01(\x03\x12\x11\n\trun_steps\x18\t \x01(\x03\x12\x13\n\x0b\x63heckpoints\x18\n \x01(\x03\x12\x18\n\x10kept_checkpoints\x18\x0b \x01(\x03\x12\x17\n\nquota_left\x18\x0c \x01(\x03H\x00\x88\x01\x01\x12\x12\n\ndisk_bytes\x18\r \x01(\x03\x12\x18\n\x10\x63heckpoint_bytes\x18\x0e \x01(\x03\x12\x17\n\x0f\x64isk_free_bytes\x18\x0f \x01(\x03\x12\x1c\n\x14trainable_parameters\x18\x10 \x01(\x03\x12\x18\n\x10total_parameters\x18\x11 \x01(\x03\x12\x19\n\x11peak_memory_bytes\x18\x12 \x01(\x03\x12.\n\x0cmemory_parts\x18\x13 \x03(\x0b\x32\x18.finetuned.v1.MemoryPart\x12\x1a\n\x12memory_total_bytes\x18\x14 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x15 \x01(\x03\x12\x30\n\x08\x64uration\x18\x16 \x01(\x0b\x32\x19.google.protobuf.DurationH\x01\x88\x01\x01\x12\x0e\n\x06\x64\x65vice\x18\x17 \x01(\t\x12\x34\n\nviolations\x18\x18 \x03(\x0b\x32 .finetuned.v1.ParameterViolation\x12-\n\x0bresume_plan\x18\x19 \x01(\x0b\x32\x18.finetuned.v1.ResumePlan\x12.\n\x0b\x63\x61libration\x18\x1a \x01(\x0b\x32\x19.finetuned.v1.CalibrationB\r\n\x0b_quota_leftB\x0b\n\t_duration\"r\n\x0b\x43\x61libration\x12\x10\n\x08measured\x18\x01 \x01(\x08\x12.\n\nprobe_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x19planned_peak_memory_bytes\x18\x03 \x01(\x03\"\xa9\x01\n\nResumePlan\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x13\n\x0btotal_steps\x18\x03 \x01(\x03\x12\r\n\x05\x65poch\x18\x04 \x01(\x01\x12\x12\n\nnum_tokens\x18\x05 \x01(\x03\x12\x18\n\x10knows_parameters\x18\x06 \x01(\x08\x12\'\n\x05items\x18\x07 \x03(\x0b\x32\x18.finetuned.v1.ResumeItem\"\xa3\x01\n\nResumeItem\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12*\n\x06\x65\x66\x66\x65\x63t\x18\x02 \x01(\x0e\x32\x1a.finetuned.v1.ResumeEffect\x12$\n\x04then\x18\x03 \x01(\x0b\x32\x16.google.protobuf.Value\x12#\n\x03now\x18\x04 \x01(\x0b\x32\x16.google.protobuf.Value\x12\x0f\n\x07message\x18\x05 \x01(\t\")\n\nMemoryPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03*v\n\x11\x43onditionOperator\x12\"\n\x1e\x43ONDITION_OPERATOR_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43ONDITION_OPERATOR_ONE_OF\x10\x01\x12\x1e\n\x1a\x43ONDITION_OPERATOR_NONE_OF\x10\x02*\xec\x01\n\rParameterType\x12\x1e\n\x1aPARAMETER_TYPE_UNSPECIFIED\x10\x00\x12\x17\n\x13PARAMETER_TYPE_BOOL\x10\x01\x12\x16\n\x12PARAMETER_TYPE_INT\x10\x02\x12\x18\n\x14PARAMETER_TYPE_FLOAT\x10\x03\x12\x19\n\x15PARAMETER_TYPE_CHOICE\x10\x04\x12\x1e\n\x1aPARAMETER_TYPE_MULTICHOICE\x10\x05\x12\x17\n\x13PARAMETER_TYPE_FILE\x10\x06\x12\x1c\n\x18PARAMETER_TYPE_DIRECTORY\x10\x07*\xd0\x01\n\x06Widget\x12\x16\n\x12WIDGET_UNSPECIFIED\x10\x00\x12\x11\n\rWIDGET_SWITCH\x10\x01\x12\x11\n\rWIDGET_NUMBER\x10\x02\x12\x15\n\x11WIDGET_SCIENTIFIC\x10\x03\x12\x11\n\rWIDGET_SLIDER\x10\x04\x12\x11\n\rWIDGET_SELECT\x10\x05\x12\x16\n\x12WIDGET_MULTISELECT\x10\x06\x12\x16\n\x12WIDGET_FILE_PICKER\x10\x07\x12\x1b\n\x17WIDGET_DIRECTORY_PICKER\x10\x08*c\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x12\n\x0eSEVERITY_ERROR\x10\x01\x12\x14\n\x10SEVERITY_WARNING\x10\x02\x12\x13\n\x0fSEVERITY_NOTICE\x10\x03*\xa7\x01\n\x0cResumeEffect\x12\x1d\n\x19RESUME_EFFECT_UNSPECIFIED\x10\x00\x12\x1c\n\x18RESUME_EFFECT_IMPOSSIBLE\x10\x01\x12\x1f\n\x1bRESUME_EFFECT_DIFFERENT_RUN\x10\x02\x12\x1c\n\x18RESUME_EFFECT_MAY_CHANGE\x10\x03\x12\x1b\n\x17RESUME_EFFECT_CONTINUES\x10\x04\x32\xbb\x02\n\x10ParameterService\x12g\n\x12GetParameterSchema\x12\'.finetuned.v1.GetParameterSchemaRequest\x1a(.finetuned.v1.GetParameterSchemaResponse\x12g\n\x12ValidateParameters\x12\'.finetuned.v1.ValidateParametersRequest\x1a(.finetuned.v1.ValidateParametersResponse\x12U\n\x0c\x45stimateTask\x12!.finetuned.v1.EstimateTaskRequest\x1a\".finetuned.v1.EstimateTaskResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'finetuned.v1.parameter_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONDITIONOPERATOR']._serialized_start=3269
-  _globals['_CONDITIONOPERATOR']._serialized_end=3387
-  _globals['_PARAMETERTYPE']._serialized_start=3390
-  _globals['_PARAMETERTYPE']._serialized_end=3626
-  _globals['_WIDGET']._serialized_start=3629
-  _globals['_WIDGET']._serialized_end=3837
-  _globals['_SEVERITY']._serialized_start=3839
-  _globals['_SEVERITY']._serialized_end=3938
-  _globals['_LOCALIZEDTEXT']._serialized_start=172
-  _globals['_LOCALIZEDTEXT']._serialized_end=211
-  _globals['_GETPARAMETERSCHEMAREQUEST']._serialized_start=213
-  _globals['_GETPARAMETERSCHEMAREQUEST']._serialized_end=291
-  _globals['_GETPARAMETERSCHEMARESPONSE']._serialized_start=294
-  _globals['_GETPARAMETERSCHEMARESPONSE']._serialized_end=524
-  _globals['_PARAMETERSECTION']._serialized_start=526
-  _globals['_PARAMETERSECTION']._serialized_end=648
-  _globals['_PARAMETERFOLD']._serialized_start=650
-  _globals['_PARAMETERFOLD']._serialized_end=741
-  _globals['_TASKSTATELABEL']._serialized_start=743
-  _globals['_TASKSTATELABEL']._serialized_end=858
-  _globals['_TRAININGTYPELABEL']._serialized_start=860
-  _globals['_TRAININGTYPELABEL']._serialized_end=974
-  _globals['_PARAMETERFIELD']._serialized_start=977
-  _globals['_PARAMETERFIELD']._serialized_end=1629
-  _globals['_PARAMETERCHOICE']._serialized_start=1631
-  _globals['_PARAMETERCHOICE']._serialized_end=1707
-  _globals['_CONDITION']._serialized_start=1709
-  _globals['_CONDITION']._serialized_end=1826
-  _globals['_VALIDATEPARAMETERSREQUEST']._serialized_start=1829
-  _globals['_VALIDATEPARAMETERSREQUEST']._serialized_end=2027
-  _globals['_VALIDATEPARAMETERSRESPONSE']._serialized_start=2030
-  _globals['_VALIDATEPARAMETERSRESPONSE']._serialized_end=2173
-  _globals['_PARAMETERVIOLATION']._serialized_start=2176
-  _globals['_PARAMETERVIOLATION']._serialized_end=2360
-  _globals['_ESTIMATETASKREQUEST']._serialized_start=2363
-  _globals['_ESTIMATETASKREQUEST']._serialized_end=2529
-  _globals['_ESTIMATETASKRESPONSE']._serialized_start=2532
-  _globals['_ESTIMATETASKRESPONSE']._serialized_end=3224
-  _globals['_MEMORYPART']._serialized_start=3226
-  _globals['_MEMORYPART']._serialized_end=3267
-  _globals['_PARAMETERSERVICE']._serialized_start=3941
-  _globals['_PARAMETERSERVICE']._serialized_end=4256
+  _globals['_CONDITIONOPERATOR']._serialized_start=3914
+  _globals['_CONDITIONOPERATOR']._serialized_end=4032
+  _globals['_PARAMETERTYPE']._serialized_start=4035
+  _globals['_PARAMETERTYPE']._serialized_end=4271
+  _globals['_WIDGET']._serialized_start=4274
+  _globals['_WIDGET']._serialized_end=4482
+  _globals['_SEVERITY']._serialized_start=4484
+  _globals['_SEVERITY']._serialized_end=4583
+  _globals['_RESUMEEFFECT']._serialized_start=4586
+  _globals['_RESUMEEFFECT']._serialized_end=4753
+  _globals['_LOCALIZEDTEXT']._serialized_start=205
+  _globals['_LOCALIZEDTEXT']._serialized_end=244
+  _globals['_GETPARAMETERSCHEMAREQUEST']._serialized_start=246
+  _globals['_GETPARAMETERSCHEMAREQUEST']._serialized_end=324
+  _globals['_GETPARAMETERSCHEMARESPONSE']._serialized_start=327
+  _globals['_GETPARAMETERSCHEMARESPONSE']._serialized_end=557
+  _globals['_PARAMETERSECTION']._serialized_start=559
+  _globals['_PARAMETERSECTION']._serialized_end=681
+  _globals['_PARAMETERFOLD']._serialized_start=683
+  _globals['_PARAMETERFOLD']._serialized_end=774
+  _globals['_TASKSTATELABEL']._serialized_start=776
+  _globals['_TASKSTATELABEL']._serialized_end=891
+  _globals['_TRAININGTYPELABEL']._serialized_start=893
+  _globals['_TRAININGTYPELABEL']._serialized_end=1007
+  _globals['_PARAMETERFIELD']._serialized_start=1010
+  _globals['_PARAMETERFIELD']._serialized_end=1681
+  _globals['_PARAMETERCHOICE']._serialized_start=1683
+  _globals['_PARAMETERCHOICE']._serialized_end=1759
+  _globals['_CONDITION']._serialized_start=1761
+  _globals['_CONDITION']._serialized_end=1878
+  _globals['_VALIDATEPARAMETERSREQUEST']._serialized_start=1881
+  _globals['_VALIDATEPARAMETERSREQUEST']._serialized_end=2079
+  _globals['_VALIDATEPARAMETERSRESPONSE']._serialized_start=2082
+  _globals['_VALIDATEPARAMETERSRESPONSE']._serialized_end=2225
+  _globals['_PARAMETERVIOLATION']._serialized_start=2228
+  _globals['_PARAMETERVIOLATION']._serialized_end=2412
+  _globals['_ESTIMATETASKREQUEST']._serialized_start=2415
+  _globals['_ESTIMATETASKREQUEST']._serialized_end=2625
+  _globals['_ESTIMATETASKRESPONSE']._serialized_start=2628
+  _globals['_ESTIMATETASKRESPONSE']._serialized_end=3415
+  _globals['_CALIBRATION']._serialized_start=3417
+  _globals['_CALIBRATION']._serialized_end=3531
+  _globals['_RESUMEPLAN']._serialized_start=3534
+  _globals['_RESUMEPLAN']._serialized_end=3703
+  _globals['_RESUMEITEM']._serialized_start=3706
+  _globals['_RESUMEITEM']._serialized_end=3869
+  _globals['_MEMORYPART']._serialized_start=3871
+  _globals['_MEMORYPART']._serialized_end=3912
+  _globals['_PARAMETERSERVICE']._serialized_start=4756
+  _globals['_PARAMETERSERVICE']._serialized_end=5071
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -166,6 +167,38 @@ SEVERITY_WARNING: Severity.ValueType  # 2
 SEVERITY_NOTICE: Severity.ValueType  # 3
 """Good to know: a setting that will have no effect, or another one than it says."""
 Global___Severity: _TypeAlias = Severity  # noqa: Y015
+
+class _ResumeEffect:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResumeEffectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResumeEffect.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESUME_EFFECT_UNSPECIFIED: _ResumeEffect.ValueType  # 0
+    """Never sent."""
+    RESUME_EFFECT_IMPOSSIBLE: _ResumeEffect.ValueType  # 1
+    """It can't be resumed like this; the violations say so too."""
+    RESUME_EFFECT_DIFFERENT_RUN: _ResumeEffect.ValueType  # 2
+    """Allowed, but from here on it is another run: its losses are not those of one that was never interrupted."""
+    RESUME_EFFECT_MAY_CHANGE: _ResumeEffect.ValueType  # 3
+    """Free to change: what is learned stays the same."""
+    RESUME_EFFECT_CONTINUES: _ResumeEffect.ValueType  # 4
+    """It goes on as it was."""
+
+class ResumeEffect(_ResumeEffect, metaclass=_ResumeEffectEnumTypeWrapper):
+    """What a change means for a resume."""
+
+RESUME_EFFECT_UNSPECIFIED: ResumeEffect.ValueType  # 0
+"""Never sent."""
+RESUME_EFFECT_IMPOSSIBLE: ResumeEffect.ValueType  # 1
+"""It can't be resumed like this; the violations say so too."""
+RESUME_EFFECT_DIFFERENT_RUN: ResumeEffect.ValueType  # 2
+"""Allowed, but from here on it is another run: its losses are not those of one that was never interrupted."""
+RESUME_EFFECT_MAY_CHANGE: ResumeEffect.ValueType  # 3
+"""Free to change: what is learned stays the same."""
+RESUME_EFFECT_CONTINUES: ResumeEffect.ValueType  # 4
+"""It goes on as it was."""
+Global___ResumeEffect: _TypeAlias = ResumeEffect  # noqa: Y015
 
 @_typing.final
 class LocalizedText(_message.Message):
@@ -407,6 +440,7 @@ class ParameterField(_message.Message):
     VISIBLE_WHEN_FIELD_NUMBER: _builtins.int
     ENABLED_WHEN_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    EXTENSION_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Path in `Parameters`, such as `training.batch_size`; the `field` of a violation."""
     type: Global___ParameterType.ValueType
@@ -427,6 +461,8 @@ class ParameterField(_message.Message):
     """Step of the control. Of an integer, the value must be a multiple of it."""
     allows_other_choices: _builtins.bool
     """Other values than the choices are taken too."""
+    extension: _builtins.bool
+    """It goes beyond the form's specification, and is off by default."""
     @_builtins.property
     def label(self) -> Global___LocalizedText:
         """What a user reads beside the field."""
@@ -482,10 +518,11 @@ class ParameterField(_message.Message):
         visible_when: _abc.Iterable[Global___Condition] | None = ...,
         enabled_when: _abc.Iterable[Global___Condition] | None = ...,
         note: Global___LocalizedText | None = ...,
+        extension: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "_step", b"_step", "default_value", b"default_value", "help", b"help", "label", b"label", "maximum", b"maximum", "minimum", b"minimum", "note", b"note", "step", b"step", "unit", b"unit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "_step", b"_step", "allows_other_choices", b"allows_other_choices", "choices", b"choices", "default_value", b"default_value", "discouraged", b"discouraged", "enabled_when", b"enabled_when", "fold", b"fold", "help", b"help", "label", b"label", "maximum", b"maximum", "minimum", b"minimum", "note", b"note", "path", b"path", "required", b"required", "step", b"step", "type", b"type", "unit", b"unit", "visible_when", b"visible_when", "widget", b"widget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_maximum", b"_maximum", "_minimum", b"_minimum", "_step", b"_step", "allows_other_choices", b"allows_other_choices", "choices", b"choices", "default_value", b"default_value", "discouraged", b"discouraged", "enabled_when", b"enabled_when", "extension", b"extension", "fold", b"fold", "help", b"help", "label", b"label", "maximum", b"maximum", "minimum", b"minimum", "note", b"note", "path", b"path", "required", b"required", "step", b"step", "type", b"type", "unit", b"unit", "visible_when", b"visible_when", "widget", b"widget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__maximum: _TypeAlias = _typing.Literal["maximum"]  # noqa: Y015
     _WhichOneofArgType__maximum: _TypeAlias = _typing.Literal["_maximum", b"_maximum"]  # noqa: Y015
@@ -695,6 +732,7 @@ class EstimateTaskRequest(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     TEMPLATE_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     training_type: _task_pb2.TrainingType.ValueType
     """Required, unless `task` is given."""
     device: _builtins.str
@@ -703,6 +741,8 @@ class EstimateTaskRequest(_message.Message):
     """`templates/{template_id}` for absent fields. Empty: defaults."""
     task: _builtins.str
     """`tasks/{task_id}` for absent fields and training type. Empty: none."""
+    resume: _task_pb2.ResumeChoice.ValueType
+    """Plan a run that goes on from this checkpoint of `task`, which is then required. FAILED_PRECONDITION: it has none."""
     @_builtins.property
     def parameters(self) -> _parameters_pb2.Parameters:
         """What to plan with; absent fields are the template's or the task's, else the default."""
@@ -715,10 +755,11 @@ class EstimateTaskRequest(_message.Message):
         device: _builtins.str = ...,
         template: _builtins.str = ...,
         task: _builtins.str = ...,
+        resume: _task_pb2.ResumeChoice.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "parameters", b"parameters", "task", b"task", "template", b"template", "training_type", b"training_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "parameters", b"parameters", "resume", b"resume", "task", b"task", "template", b"template", "training_type", b"training_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -754,6 +795,8 @@ class EstimateTaskResponse(_message.Message):
     DURATION_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     VIOLATIONS_FIELD_NUMBER: _builtins.int
+    RESUME_PLAN_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     train_samples: _builtins.int
     """Samples trained on in an epoch: chats, or blocks of text. What is left out because nothing in it is learned does not count."""
     eval_samples: _builtins.int
@@ -765,7 +808,9 @@ class EstimateTaskResponse(_message.Message):
     dropped_samples: _builtins.int
     """Samples left out: nothing in them would be learned."""
     exact: _builtins.bool
-    """The samples above were counted in full; otherwise they were extrapolated from the first ones, and steps may differ."""
+    """The samples above were counted in full, and with packing the rows made of them; otherwise they were extrapolated, and steps may
+    differ.
+    """
     total_steps: _builtins.int
     """Optimizer steps of the whole training."""
     steps_per_epoch: _builtins.int
@@ -775,7 +820,7 @@ class EstimateTaskResponse(_message.Message):
     checkpoints: _builtins.int
     """Checkpoints that the run will save, those by the clock left out; each uses one of the training quota."""
     kept_checkpoints: _builtins.int
-    """Checkpoints that will be there at its end, as `save_total_limit` allows."""
+    """Checkpoints that will be there at its end, at most: as `save_total_limit` allows, which never removes the best one."""
     quota_left: _builtins.int
     """Checkpoints that the quota has left; absent: no quota."""
     disk_bytes: _builtins.int
@@ -791,9 +836,9 @@ class EstimateTaskResponse(_message.Message):
     total_parameters: _builtins.int
     """All parameters, adapters included."""
     peak_memory_bytes: _builtins.int
-    """Peak memory of the runner with its largest possible batch: of the GPU where it runs on one, else resident memory of the
-    process. Measured on the CPU: within 15 % where that batch comes, up to 28 % more than needed where it does not (README,
-    Estimates).
+    """Peak memory of the runner where the longest samples are in one optimizer step: of the GPU where it runs on one, else resident
+    memory of its process, without those that make tokens beside it. Measured on the CPU: within 15 % where that step comes, up to
+    20 % more than needed where it does not (README, Estimates).
     """
     memory_total_bytes: _builtins.int
     """Memory of the device, in all."""
@@ -807,11 +852,19 @@ class EstimateTaskResponse(_message.Message):
 
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
-        """Time from start to end; absent where this machine has not measured a run of this model yet."""
+        """Time from start to end; absent where this machine has not measured a run or a probe of this model yet."""
 
     @_builtins.property
     def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParameterViolation]:
         """What is to be said of parameters and plan: warnings and notices, and an error where the plan goes beyond the quota."""
+
+    @_builtins.property
+    def resume_plan(self) -> Global___ResumePlan:
+        """What a resume would be; absent where the run begins anew."""
+
+    @_builtins.property
+    def calibration(self) -> Global___Calibration:
+        """The probe that has corrected this estimate; absent where this machine has made none of this model that says something."""
 
     def __init__(
         self,
@@ -840,10 +893,12 @@ class EstimateTaskResponse(_message.Message):
         duration: _duration_pb2.Duration | None = ...,
         device: _builtins.str = ...,
         violations: _abc.Iterable[Global___ParameterViolation] | None = ...,
+        resume_plan: Global___ResumePlan | None = ...,
+        calibration: Global___Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration", b"_duration", "_quota_left", b"_quota_left", "duration", b"duration", "quota_left", b"quota_left"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration", b"_duration", "_quota_left", b"_quota_left", "calibration", b"calibration", "duration", b"duration", "quota_left", b"quota_left", "resume_plan", b"resume_plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration", b"_duration", "_quota_left", b"_quota_left", "checkpoint_bytes", b"checkpoint_bytes", "checkpoints", b"checkpoints", "cut_samples", b"cut_samples", "device", b"device", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "dropped_samples", b"dropped_samples", "duration", b"duration", "eval_samples", b"eval_samples", "exact", b"exact", "kept_checkpoints", b"kept_checkpoints", "memory_free_bytes", b"memory_free_bytes", "memory_parts", b"memory_parts", "memory_total_bytes", b"memory_total_bytes", "peak_memory_bytes", b"peak_memory_bytes", "quota_left", b"quota_left", "run_steps", b"run_steps", "steps_per_epoch", b"steps_per_epoch", "total_parameters", b"total_parameters", "total_steps", b"total_steps", "train_samples", b"train_samples", "train_tokens", b"train_tokens", "trainable_parameters", b"trainable_parameters", "violations", b"violations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration", b"_duration", "_quota_left", b"_quota_left", "calibration", b"calibration", "checkpoint_bytes", b"checkpoint_bytes", "checkpoints", b"checkpoints", "cut_samples", b"cut_samples", "device", b"device", "disk_bytes", b"disk_bytes", "disk_free_bytes", b"disk_free_bytes", "dropped_samples", b"dropped_samples", "duration", b"duration", "eval_samples", b"eval_samples", "exact", b"exact", "kept_checkpoints", b"kept_checkpoints", "memory_free_bytes", b"memory_free_bytes", "memory_parts", b"memory_parts", "memory_total_bytes", b"memory_total_bytes", "peak_memory_bytes", b"peak_memory_bytes", "quota_left", b"quota_left", "resume_plan", b"resume_plan", "run_steps", b"run_steps", "steps_per_epoch", b"steps_per_epoch", "total_parameters", b"total_parameters", "total_steps", b"total_steps", "train_samples", b"train_samples", "train_tokens", b"train_tokens", "trainable_parameters", b"trainable_parameters", "violations", b"violations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__duration: _TypeAlias = _typing.Literal["duration"]  # noqa: Y015
     _WhichOneofArgType__duration: _TypeAlias = _typing.Literal["_duration", b"_duration"]  # noqa: Y015
@@ -855,6 +910,132 @@ class EstimateTaskResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quota_left) -> _WhichOneofReturnType__quota_left | None: ...
 
 Global___EstimateTaskResponse: _TypeAlias = EstimateTaskResponse  # noqa: Y015
+
+@_typing.final
+class Calibration(_message.Message):
+    """How a probe has corrected an estimate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEASURED_FIELD_NUMBER: _builtins.int
+    PROBE_TIME_FIELD_NUMBER: _builtins.int
+    PLANNED_PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    measured: _builtins.bool
+    """The probe had these very settings, and samples about as long: peak memory and bytes of a checkpoint are what it measured, the duration
+    is by its speed. Otherwise it had others (batch, length, LoRA), and memory and speed are corrected by it.
+    """
+    planned_peak_memory_bytes: _builtins.int
+    """Peak memory by the formula alone, in bytes."""
+    @_builtins.property
+    def probe_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    def __init__(
+        self,
+        *,
+        measured: _builtins.bool = ...,
+        probe_time: _timestamp_pb2.Timestamp | None = ...,
+        planned_peak_memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["probe_time", b"probe_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured", "planned_peak_memory_bytes", b"planned_peak_memory_bytes", "probe_time", b"probe_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Calibration: _TypeAlias = Calibration  # noqa: Y015
+
+@_typing.final
+class ResumePlan(_message.Message):
+    """What it means to go on from a checkpoint: what goes on, what has changed since and is harmless, what makes it another run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    KNOWS_PARAMETERS_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    checkpoint: _builtins.str
+    """Folder of the checkpoint."""
+    step: _builtins.int
+    """Optimizer steps done."""
+    total_steps: _builtins.int
+    """Optimizer steps in all, as the parameters are now."""
+    epoch: _builtins.float
+    """Passes over the training data done, with fraction."""
+    num_tokens: _builtins.int
+    """Real (not padding) tokens trained on so far."""
+    knows_parameters: _builtins.bool
+    """The parameters that it was made with are known; of earlier versions they are not, and changes can't be told."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumeItem]:
+        """What goes on, and each parameter that has changed since, gravest first."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: _builtins.str = ...,
+        step: _builtins.int = ...,
+        total_steps: _builtins.int = ...,
+        epoch: _builtins.float = ...,
+        num_tokens: _builtins.int = ...,
+        knows_parameters: _builtins.bool = ...,
+        items: _abc.Iterable[Global___ResumeItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "epoch", b"epoch", "items", b"items", "knows_parameters", b"knows_parameters", "num_tokens", b"num_tokens", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumePlan: _TypeAlias = ResumePlan  # noqa: Y015
+
+@_typing.final
+class ResumeItem(_message.Message):
+    """One thing about a resume."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    EFFECT_FIELD_NUMBER: _builtins.int
+    THEN_FIELD_NUMBER: _builtins.int
+    NOW_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Path of a parameter that has changed, or whose data file has; else what goes on: `weights`, `optimizer`, `schedule`,
+    `random_state`, `tokens`, `data_position`.
+    """
+    effect: Global___ResumeEffect.ValueType
+    """What it means."""
+    message: _builtins.str
+    """A sentence, in the language asked for."""
+    @_builtins.property
+    def then(self) -> _struct_pb2.Value:
+        """Value that the checkpoint was made with; absent where it had none or is no parameter."""
+
+    @_builtins.property
+    def now(self) -> _struct_pb2.Value:
+        """Value now; absent likewise."""
+
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        effect: Global___ResumeEffect.ValueType = ...,
+        then: _struct_pb2.Value | None = ...,
+        now: _struct_pb2.Value | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["now", b"now", "then", b"then"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effect", b"effect", "field", b"field", "message", b"message", "now", b"now", "then", b"then"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeItem: _TypeAlias = ResumeItem  # noqa: Y015
 
 @_typing.final
 class MemoryPart(_message.Message):

@@ -36,6 +36,7 @@ class Parameters(_message.Message):
     OPTIMIZATION_FIELD_NUMBER: _builtins.int
     LOGGING_FIELD_NUMBER: _builtins.int
     GENERAL_FIELD_NUMBER: _builtins.int
+    EXTENSIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def data(self) -> Global___DataParameters:
         """Files and folders, samples, loading."""
@@ -60,6 +61,10 @@ class Parameters(_message.Message):
     def general(self) -> Global___GeneralParameters:
         """What belongs to no other section."""
 
+    @_builtins.property
+    def extensions(self) -> Global___ExtensionParameters:
+        """What goes beyond the form's specification: extensions, all off by default."""
+
     def __init__(
         self,
         *,
@@ -69,10 +74,11 @@ class Parameters(_message.Message):
         optimization: Global___OptimizationParameters | None = ...,
         logging: Global___LoggingParameters | None = ...,
         general: Global___GeneralParameters | None = ...,
+        extensions: Global___ExtensionParameters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "general", b"general", "logging", b"logging", "lora", b"lora", "optimization", b"optimization", "training", b"training"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "extensions", b"extensions", "general", b"general", "logging", b"logging", "lora", b"lora", "optimization", b"optimization", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "general", b"general", "logging", b"logging", "lora", b"lora", "optimization", b"optimization", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "extensions", b"extensions", "general", b"general", "logging", b"logging", "lora", b"lora", "optimization", b"optimization", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -594,3 +600,116 @@ class GeneralParameters(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___GeneralParameters: _TypeAlias = GeneralParameters  # noqa: Y015
+
+@_typing.final
+class ExtensionParameters(_message.Message):
+    """Section `extensions`: what goes beyond the form's specification. Everything is off by default; a run with the defaults is the
+    same as one without this section.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PACKING_FIELD_NUMBER: _builtins.int
+    NEFTUNE_NOISE_ALPHA_FIELD_NUMBER: _builtins.int
+    USE_RSLORA_FIELD_NUMBER: _builtins.int
+    USE_DORA_FIELD_NUMBER: _builtins.int
+    LORA_INIT_FIELD_NUMBER: _builtins.int
+    LORAPLUS_LR_RATIO_FIELD_NUMBER: _builtins.int
+    ATTN_IMPLEMENTATION_FIELD_NUMBER: _builtins.int
+    USE_LIGER_KERNEL_FIELD_NUMBER: _builtins.int
+    TORCH_COMPILE_FIELD_NUMBER: _builtins.int
+    REPORT_TO_FIELD_NUMBER: _builtins.int
+    RETRY_OUT_OF_MEMORY_FIELD_NUMBER: _builtins.int
+    packing: _builtins.bool
+    """Several chats in a row of up to max_seq_length, which do not see each other. Supervised fine-tuning only. Default false."""
+    neftune_noise_alpha: _builtins.float
+    """Strength of noise on the token embeddings while training (NEFTune, https://arxiv.org/abs/2310.05914), 0 to 50. 0: off.
+    Default 0.
+    """
+    use_rslora: _builtins.bool
+    """Scale LoRA by alpha / sqrt(r) (https://arxiv.org/abs/2312.03732). Default false."""
+    use_dora: _builtins.bool
+    """Train magnitudes beside LoRA (DoRA, https://arxiv.org/abs/2402.09353). Default false."""
+    lora_init: _builtins.str
+    """What LoRA begins with: default or pissa (https://arxiv.org/abs/2404.02948). Default default."""
+    loraplus_lr_ratio: _builtins.float
+    """Learning rate of LoRA's B matrices as a multiple of the others' (LoRA+, https://arxiv.org/abs/2402.12354), 0 to 64. 0: off;
+    else at least 1. Default 0.
+    """
+    attn_implementation: _builtins.str
+    """Code that computes attention: auto (as the model is made), sdpa, eager or flash_attention_2. Default auto."""
+    use_liger_kernel: _builtins.bool
+    """Fused kernels of the package liger-kernel; needs a GPU. Default false."""
+    torch_compile: _builtins.bool
+    """Compile the model before it computes. Default false."""
+    report_to: _builtins.str
+    """Tool that the metrics are also written for, below the run's output folder: none, tensorboard, wandb, mlflow or swanlab.
+    Default none.
+    """
+    retry_out_of_memory: _builtins.bool
+    """Halve the batch and go on from the newest checkpoint after running out of memory, three times at most. Default false."""
+    def __init__(
+        self,
+        *,
+        packing: _builtins.bool | None = ...,
+        neftune_noise_alpha: _builtins.float | None = ...,
+        use_rslora: _builtins.bool | None = ...,
+        use_dora: _builtins.bool | None = ...,
+        lora_init: _builtins.str | None = ...,
+        loraplus_lr_ratio: _builtins.float | None = ...,
+        attn_implementation: _builtins.str | None = ...,
+        use_liger_kernel: _builtins.bool | None = ...,
+        torch_compile: _builtins.bool | None = ...,
+        report_to: _builtins.str | None = ...,
+        retry_out_of_memory: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attn_implementation", b"_attn_implementation", "_lora_init", b"_lora_init", "_loraplus_lr_ratio", b"_loraplus_lr_ratio", "_neftune_noise_alpha", b"_neftune_noise_alpha", "_packing", b"_packing", "_report_to", b"_report_to", "_retry_out_of_memory", b"_retry_out_of_memory", "_torch_compile", b"_torch_compile", "_use_dora", b"_use_dora", "_use_liger_kernel", b"_use_liger_kernel", "_use_rslora", b"_use_rslora", "attn_implementation", b"attn_implementation", "lora_init", b"lora_init", "loraplus_lr_ratio", b"loraplus_lr_ratio", "neftune_noise_alpha", b"neftune_noise_alpha", "packing", b"packing", "report_to", b"report_to", "retry_out_of_memory", b"retry_out_of_memory", "torch_compile", b"torch_compile", "use_dora", b"use_dora", "use_liger_kernel", b"use_liger_kernel", "use_rslora", b"use_rslora"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attn_implementation", b"_attn_implementation", "_lora_init", b"_lora_init", "_loraplus_lr_ratio", b"_loraplus_lr_ratio", "_neftune_noise_alpha", b"_neftune_noise_alpha", "_packing", b"_packing", "_report_to", b"_report_to", "_retry_out_of_memory", b"_retry_out_of_memory", "_torch_compile", b"_torch_compile", "_use_dora", b"_use_dora", "_use_liger_kernel", b"_use_liger_kernel", "_use_rslora", b"_use_rslora", "attn_implementation", b"attn_implementation", "lora_init", b"lora_init", "loraplus_lr_ratio", b"loraplus_lr_ratio", "neftune_noise_alpha", b"neftune_noise_alpha", "packing", b"packing", "report_to", b"report_to", "retry_out_of_memory", b"retry_out_of_memory", "torch_compile", b"torch_compile", "use_dora", b"use_dora", "use_liger_kernel", b"use_liger_kernel", "use_rslora", b"use_rslora"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__attn_implementation: _TypeAlias = _typing.Literal["attn_implementation"]  # noqa: Y015
+    _WhichOneofArgType__attn_implementation: _TypeAlias = _typing.Literal["_attn_implementation", b"_attn_implementation"]  # noqa: Y015
+    _WhichOneofReturnType__lora_init: _TypeAlias = _typing.Literal["lora_init"]  # noqa: Y015
+    _WhichOneofArgType__lora_init: _TypeAlias = _typing.Literal["_lora_init", b"_lora_init"]  # noqa: Y015
+    _WhichOneofReturnType__loraplus_lr_ratio: _TypeAlias = _typing.Literal["loraplus_lr_ratio"]  # noqa: Y015
+    _WhichOneofArgType__loraplus_lr_ratio: _TypeAlias = _typing.Literal["_loraplus_lr_ratio", b"_loraplus_lr_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__neftune_noise_alpha: _TypeAlias = _typing.Literal["neftune_noise_alpha"]  # noqa: Y015
+    _WhichOneofArgType__neftune_noise_alpha: _TypeAlias = _typing.Literal["_neftune_noise_alpha", b"_neftune_noise_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__packing: _TypeAlias = _typing.Literal["packing"]  # noqa: Y015
+    _WhichOneofArgType__packing: _TypeAlias = _typing.Literal["_packing", b"_packing"]  # noqa: Y015
+    _WhichOneofReturnType__report_to: _TypeAlias = _typing.Literal["report_to"]  # noqa: Y015
+    _WhichOneofArgType__report_to: _TypeAlias = _typing.Literal["_report_to", b"_report_to"]  # noqa: Y015
+    _WhichOneofReturnType__retry_out_of_memory: _TypeAlias = _typing.Literal["retry_out_of_memory"]  # noqa: Y015
+    _WhichOneofArgType__retry_out_of_memory: _TypeAlias = _typing.Literal["_retry_out_of_memory", b"_retry_out_of_memory"]  # noqa: Y015
+    _WhichOneofReturnType__torch_compile: _TypeAlias = _typing.Literal["torch_compile"]  # noqa: Y015
+    _WhichOneofArgType__torch_compile: _TypeAlias = _typing.Literal["_torch_compile", b"_torch_compile"]  # noqa: Y015
+    _WhichOneofReturnType__use_dora: _TypeAlias = _typing.Literal["use_dora"]  # noqa: Y015
+    _WhichOneofArgType__use_dora: _TypeAlias = _typing.Literal["_use_dora", b"_use_dora"]  # noqa: Y015
+    _WhichOneofReturnType__use_liger_kernel: _TypeAlias = _typing.Literal["use_liger_kernel"]  # noqa: Y015
+    _WhichOneofArgType__use_liger_kernel: _TypeAlias = _typing.Literal["_use_liger_kernel", b"_use_liger_kernel"]  # noqa: Y015
+    _WhichOneofReturnType__use_rslora: _TypeAlias = _typing.Literal["use_rslora"]  # noqa: Y015
+    _WhichOneofArgType__use_rslora: _TypeAlias = _typing.Literal["_use_rslora", b"_use_rslora"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attn_implementation) -> _WhichOneofReturnType__attn_implementation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lora_init) -> _WhichOneofReturnType__lora_init | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loraplus_lr_ratio) -> _WhichOneofReturnType__loraplus_lr_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__neftune_noise_alpha) -> _WhichOneofReturnType__neftune_noise_alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__packing) -> _WhichOneofReturnType__packing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__report_to) -> _WhichOneofReturnType__report_to | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_out_of_memory) -> _WhichOneofReturnType__retry_out_of_memory | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__torch_compile) -> _WhichOneofReturnType__torch_compile | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_dora) -> _WhichOneofReturnType__use_dora | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_liger_kernel) -> _WhichOneofReturnType__use_liger_kernel | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_rslora) -> _WhichOneofReturnType__use_rslora | None: ...
+
+Global___ExtensionParameters: _TypeAlias = ExtensionParameters  # noqa: Y015

@@ -65,7 +65,10 @@ class _TaskStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskState.V
     """The latest run ended otherwise; `end_reason` says why."""
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
-    """Where a task stands. PENDING -> QUEUED -> RUNNING -> COMPLETED, STOPPED or FAILED, and from each of these to QUEUED again."""
+    """Where a task stands. PENDING -> QUEUED -> RUNNING -> COMPLETED, STOPPED or FAILED, and from each of these to QUEUED again.
+    From RUNNING to QUEUED at once where `extensions.retry_out_of_memory` starts the next run. A probe that has not failed leads from
+    QUEUED or RUNNING back to what was before it.
+    """
 
 TASK_STATE_UNSPECIFIED: TaskState.ValueType  # 0
 """Never sent."""
@@ -169,6 +172,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The runner ended while no daemon watched, and left no result. FAILED."""
     END_REASON_QUOTA_USED_UP: _EndReason.ValueType  # 15
     """The training quota is used up. STOPPED."""
+    END_REASON_PROBED: _EndReason.ValueType  # 16
+    """It was a probe, and has measured what it was to; nothing is trained. The run is COMPLETED."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """Why a run ended. Each maps to one state."""
@@ -205,7 +210,33 @@ END_REASON_INTERRUPTED: EndReason.ValueType  # 14
 """The runner ended while no daemon watched, and left no result. FAILED."""
 END_REASON_QUOTA_USED_UP: EndReason.ValueType  # 15
 """The training quota is used up. STOPPED."""
+END_REASON_PROBED: EndReason.ValueType  # 16
+"""It was a probe, and has measured what it was to; nothing is trained. The run is COMPLETED."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
+
+class _ResumeChoice:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResumeChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResumeChoice.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESUME_CHOICE_UNSPECIFIED: _ResumeChoice.ValueType  # 0
+    """As `data.resume_from_checkpoint` says."""
+    RESUME_CHOICE_NEWEST_CHECKPOINT: _ResumeChoice.ValueType  # 1
+    """The newest whole checkpoint of the task's runs."""
+    RESUME_CHOICE_BEST_CHECKPOINT: _ResumeChoice.ValueType  # 2
+    """The whole checkpoint with the lowest evaluation loss."""
+
+class ResumeChoice(_ResumeChoice, metaclass=_ResumeChoiceEnumTypeWrapper):
+    """Which checkpoint of a task a run goes on from."""
+
+RESUME_CHOICE_UNSPECIFIED: ResumeChoice.ValueType  # 0
+"""As `data.resume_from_checkpoint` says."""
+RESUME_CHOICE_NEWEST_CHECKPOINT: ResumeChoice.ValueType  # 1
+"""The newest whole checkpoint of the task's runs."""
+RESUME_CHOICE_BEST_CHECKPOINT: ResumeChoice.ValueType  # 2
+"""The whole checkpoint with the lowest evaluation loss."""
+Global___ResumeChoice: _TypeAlias = ResumeChoice  # noqa: Y015
 
 @_typing.final
 class Task(_message.Message):
@@ -233,6 +264,7 @@ class Task(_message.Message):
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     TEMPLATE_FIELD_NUMBER: _builtins.int
+    PROBING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tasks/{task_id}`. Set at creation, never changes."""
     display_name: _builtins.str
@@ -265,6 +297,8 @@ class Task(_message.Message):
     """`templates/{template_id}` that it was made from: at creation, where absent parameters come from. The task keeps its own
     parameters; the template may have changed or gone since. Empty: none.
     """
+    probing: _builtins.bool
+    """Output only. What is queued or runs is a probe. At its end the task is again what it was before, unless the probe has failed."""
     @_builtins.property
     def parameters(self) -> _parameters_pb2.Parameters:
         """All parameters, defaults resolved at creation. Later changes of defaults or templates do not reach the task."""
@@ -312,10 +346,11 @@ class Task(_message.Message):
         queue_position: _builtins.int = ...,
         etag: _builtins.str = ...,
         template: _builtins.str = ...,
+        probing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "parameters", b"parameters", "progress", b"progress", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "display_name", b"display_name", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "etag", b"etag", "last_checkpoint", b"last_checkpoint", "last_seq", b"last_seq", "name", b"name", "parameters", b"parameters", "phase", b"phase", "progress", b"progress", "queue_position", b"queue_position", "run", b"run", "start_time", b"start_time", "state", b"state", "template", b"template", "training_type", b"training_type", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "display_name", b"display_name", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "etag", b"etag", "last_checkpoint", b"last_checkpoint", "last_seq", b"last_seq", "name", b"name", "parameters", b"parameters", "phase", b"phase", "probing", b"probing", "progress", b"progress", "queue_position", b"queue_position", "run", b"run", "start_time", b"start_time", "state", b"state", "template", b"template", "training_type", b"training_type", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -405,6 +440,8 @@ class Run(_message.Message):
     LAST_CHECKPOINT_FIELD_NUMBER: _builtins.int
     RUN_DIR_FIELD_NUMBER: _builtins.int
     OUTPUT_DIR_FIELD_NUMBER: _builtins.int
+    RETRY_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tasks/{task_id}/runs/{number}`."""
     number: _builtins.int
@@ -429,6 +466,10 @@ class Run(_message.Message):
     """Run folder on the daemon's machine: spec, events, console log, result."""
     output_dir: _builtins.str
     """Folder of this run's checkpoints and final model: the first free `run-N` below `data.output_dir`."""
+    retry: _builtins.int
+    """How many runs in a row `extensions.retry_out_of_memory` has started by itself, this one included; 0: somebody started it."""
+    probe: _builtins.bool
+    """It is a probe: three steps to measure what a run takes; see StartTaskRequest.probe."""
     @_builtins.property
     def parameters(self) -> _parameters_pb2.Parameters:
         """The parameters it was started with."""
@@ -469,13 +510,85 @@ class Run(_message.Message):
         last_checkpoint: _builtins.str = ...,
         run_dir: _builtins.str = ...,
         output_dir: _builtins.str = ...,
+        retry: _builtins.int = ...,
+        probe: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "parameters", b"parameters", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "device", b"device", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "exit_code", b"exit_code", "last_checkpoint", b"last_checkpoint", "name", b"name", "number", b"number", "output_dir", b"output_dir", "parameters", b"parameters", "pid", b"pid", "progress", b"progress", "run_dir", b"run_dir", "signal", b"signal", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "device", b"device", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "exit_code", b"exit_code", "last_checkpoint", b"last_checkpoint", "name", b"name", "number", b"number", "output_dir", b"output_dir", "parameters", b"parameters", "pid", b"pid", "probe", b"probe", "progress", b"progress", "retry", b"retry", "run_dir", b"run_dir", "signal", b"signal", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """A checkpoint that a run has saved and that still stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EVAL_LOSS_FIELD_NUMBER: _builtins.int
+    IS_BEST_FIELD_NUMBER: _builtins.int
+    IS_NEWEST_FIELD_NUMBER: _builtins.int
+    IS_WHOLE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name, `tasks/{task_id}/runs/{run}/checkpoints/{step}`."""
+    path: _builtins.str
+    """Its folder on the daemon's machine; a value for `data.resume_from_checkpoint`."""
+    run: _builtins.int
+    """Number of the run that saved it."""
+    step: _builtins.int
+    """Optimizer step."""
+    epoch: _builtins.float
+    """Passes over the training data done, with fraction."""
+    size_bytes: _builtins.int
+    """Size of its files in bytes."""
+    eval_loss: _builtins.float
+    """Evaluation loss at its very step, in nats a token; absent where no evaluation took place there."""
+    is_best: _builtins.bool
+    """It has the lowest evaluation loss of the task's whole checkpoints that were evaluated on the same data."""
+    is_newest: _builtins.bool
+    """It is the newest whole one: what RESUME_CHOICE_NEWEST_CHECKPOINT goes on from."""
+    is_whole: _builtins.bool
+    """All files are there as they were written. Otherwise it is never used."""
+    problem: _builtins.str
+    """Why it is not whole, in the language asked for. Empty where it is."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was written."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        run: _builtins.int = ...,
+        step: _builtins.int = ...,
+        epoch: _builtins.float = ...,
+        size_bytes: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        eval_loss: _builtins.float | None = ...,
+        is_best: _builtins.bool = ...,
+        is_newest: _builtins.bool = ...,
+        is_whole: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "create_time", b"create_time", "eval_loss", b"eval_loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "create_time", b"create_time", "epoch", b"epoch", "eval_loss", b"eval_loss", "is_best", b"is_best", "is_newest", b"is_newest", "is_whole", b"is_whole", "name", b"name", "path", b"path", "problem", b"problem", "run", b"run", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
+    _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015

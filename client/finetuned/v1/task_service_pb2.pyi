@@ -11,6 +11,7 @@ from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -21,6 +22,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ConfigFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConfigFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConfigFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONFIG_FORMAT_UNSPECIFIED: _ConfigFormat.ValueType  # 0
+    """The same as CONFIG_FORMAT_YAML."""
+    CONFIG_FORMAT_YAML: _ConfigFormat.ValueType  # 1
+    """What `finetunectl train`, `check` and `task create` read: what is not at its default, the rest as comments."""
+    CONFIG_FORMAT_SCRIPT: _ConfigFormat.ValueType  # 2
+    """A Python program. What it does not do, its first lines say."""
+
+class ConfigFormat(_ConfigFormat, metaclass=_ConfigFormatEnumTypeWrapper):
+    """What settings are written out as."""
+
+CONFIG_FORMAT_UNSPECIFIED: ConfigFormat.ValueType  # 0
+"""The same as CONFIG_FORMAT_YAML."""
+CONFIG_FORMAT_YAML: ConfigFormat.ValueType  # 1
+"""What `finetunectl train`, `check` and `task create` read: what is not at its default, the rest as comments."""
+CONFIG_FORMAT_SCRIPT: ConfigFormat.ValueType  # 2
+"""A Python program. What it does not do, its first lines say."""
+Global___ConfigFormat: _TypeAlias = ConfigFormat  # noqa: Y015
 
 @_typing.final
 class CreateTaskRequest(_message.Message):
@@ -343,22 +368,43 @@ class StartTaskRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
+    RESUME_PATH_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tasks/{task_id}`."""
     request_id: _builtins.str
     """Chosen by the client, such as a UUID; at most 64 characters. Makes a repeat safe for at least a day."""
     etag: _builtins.str
     """The task's `etag`, to start only what was last seen. Empty: whatever is there."""
+    resume: _task_pb2.ResumeChoice.ValueType
+    """Which of the task's checkpoints this run goes on from. Each file of it is compared with its hash first; a newer one that is not
+    whole is passed over, and a notice of the run says so. The task's own parameters stay; the run's name the folder. Unspecified: as
+    `data.resume_from_checkpoint` says.
+    """
+    resume_path: _builtins.str
+    """Folder of a checkpoint that this run goes on from, in place of the task's `data.resume_from_checkpoint`. Not together with
+    `resume`. Empty: as that says.
+    """
+    probe: _builtins.bool
+    """Start a probe in place of a training run: three real steps on the longest samples, one evaluation batch, one checkpoint that is
+    written and removed. It answers with a ProbeReport among the task's events, leaves nothing in the output folder, uses nothing of
+    the training quota, and estimates on this machine are corrected by it from then on. The task is then what it was before, unless
+    the probe has failed, as a run does: out of memory, say, with the fix. `resume` and `resume_path` are checked; it begins anew.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         request_id: _builtins.str = ...,
         etag: _builtins.str = ...,
+        resume: _task_pb2.ResumeChoice.ValueType = ...,
+        resume_path: _builtins.str = ...,
+        probe: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "probe", b"probe", "request_id", b"request_id", "resume", b"resume", "resume_path", b"resume_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -621,6 +667,120 @@ class ListRunsResponse(_message.Message):
 Global___ListRunsResponse: _TypeAlias = ListRunsResponse  # noqa: Y015
 
 @_typing.final
+class ListCheckpointsRequest(_message.Message):
+    """Request of ListCheckpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """The task, `tasks/{task_id}`."""
+    page_size: _builtins.int
+    """Checkpoints a page, 1 to 1000. 0: 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before. Empty: the first page."""
+    verify: _builtins.bool
+    """Read every file and compare its hash, which takes as long as reading them. Default: names and sizes are compared."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        verify: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "verify", b"verify"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsResponse(_message.Message):
+    """Answer of ListCheckpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page. Empty: this was the last."""
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[_task_pb2.Checkpoint]:
+        """Checkpoints, newest first: by run, then by step."""
+
+    def __init__(
+        self,
+        *,
+        checkpoints: _abc.Iterable[_task_pb2.Checkpoint] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteCheckpointRequest(_message.Message):
+    """Request of DeleteCheckpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`tasks/{task_id}/runs/{run}/checkpoints/{step}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCheckpointRequest: _TypeAlias = DeleteCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class DeleteCheckpointResponse(_message.Message):
+    """Answer of DeleteCheckpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_FILES_FIELD_NUMBER: _builtins.int
+    DELETED_BYTES_FIELD_NUMBER: _builtins.int
+    FOLDER_LEFT_FIELD_NUMBER: _builtins.int
+    deleted_files: _builtins.int
+    """Files that were deleted."""
+    deleted_bytes: _builtins.int
+    """Their bytes."""
+    folder_left: _builtins.bool
+    """Its folder is still there: it holds what the run has not written, or what was changed since."""
+    def __init__(
+        self,
+        *,
+        deleted_files: _builtins.int = ...,
+        deleted_bytes: _builtins.int = ...,
+        folder_left: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_bytes", b"deleted_bytes", "deleted_files", b"deleted_files", "folder_left", b"folder_left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteCheckpointResponse: _TypeAlias = DeleteCheckpointResponse  # noqa: Y015
+
+@_typing.final
 class ListEventsRequest(_message.Message):
     """Request of ListEvents."""
 
@@ -685,3 +845,59 @@ class ListEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEventsResponse: _TypeAlias = ListEventsResponse  # noqa: Y015
+
+@_typing.final
+class ExportTaskConfigRequest(_message.Message):
+    """Request of ExportTaskConfig."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`tasks/{task_id}`."""
+    run: _builtins.int
+    """Number of the run whose settings are meant. 0: the task's as they are now."""
+    format: Global___ConfigFormat.ValueType
+    """What to write. Unspecified: YAML."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        run: _builtins.int = ...,
+        format: Global___ConfigFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "name", b"name", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTaskConfigRequest: _TypeAlias = ExportTaskConfigRequest  # noqa: Y015
+
+@_typing.final
+class ExportTaskConfigResponse(_message.Message):
+    """Answer of ExportTaskConfig."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    file_name: _builtins.str
+    """A name for the file, without folders, such as `support-bot-run-2.yaml`."""
+    content: _builtins.str
+    """What goes into it."""
+    def __init__(
+        self,
+        *,
+        file_name: _builtins.str = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "file_name", b"file_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTaskConfigResponse: _TypeAlias = ExportTaskConfigResponse  # noqa: Y015

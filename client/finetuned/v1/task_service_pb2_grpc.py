@@ -84,10 +84,25 @@ class TaskServiceStub(object):
                 request_serializer=finetuned_dot_v1_dot_task__service__pb2.ListRunsRequest.SerializeToString,
                 response_deserializer=finetuned_dot_v1_dot_task__service__pb2.ListRunsResponse.FromString,
                 _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/finetuned.v1.TaskService/ListCheckpoints',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/finetuned.v1.TaskService/DeleteCheckpoint',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.DeleteCheckpointResponse.FromString,
+                _registered_method=True)
         self.ListEvents = channel.unary_unary(
                 '/finetuned.v1.TaskService/ListEvents',
                 request_serializer=finetuned_dot_v1_dot_task__service__pb2.ListEventsRequest.SerializeToString,
                 response_deserializer=finetuned_dot_v1_dot_task__service__pb2.ListEventsResponse.FromString,
+                _registered_method=True)
+        self.ExportTaskConfig = channel.unary_unary(
+                '/finetuned.v1.TaskService/ExportTaskConfig',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.ExportTaskConfigRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.ExportTaskConfigResponse.FromString,
                 _registered_method=True)
 
 
@@ -152,8 +167,8 @@ class TaskServiceServicer(object):
     def StartTask(self, request, context):
         """Starts a new run. It waits in the queue while its device is busy.
 
-        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
-        environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
+        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, the training
+        environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
         training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -190,9 +205,38 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCheckpoints(self, request, context):
+        """Lists the checkpoints that the task's runs have saved and that still stand, newest first. One that is not whole says why, and is
+        never used. NOT_FOUND: no such task. INVALID_ARGUMENT: a bad page token or size. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCheckpoint(self, request, context):
+        """Deletes a checkpoint: the files that its run recorded writing, and no others. No link is followed.
+
+        FAILED_PRECONDITION: the task is QUEUED or RUNNING, or an active run of another task goes on from it. NOT_FOUND: there is none
+        of that name, which is also the answer to a repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEvents(self, request, context):
         """Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
         Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportTaskConfig(self, request, context):
+        """Writes out the settings of a task, or of one of its runs, as a file that stands for itself: YAML for `finetunectl`, or a Python
+        script that trains alike with torch, transformers and peft alone. Nothing is written to disk.
+
+        NOT_FOUND: no such task, or no such run. INVALID_ARGUMENT: a script of a task that lacks its model, data or output folder; a
+        format that there is not. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,10 +290,25 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     request_deserializer=finetuned_dot_v1_dot_task__service__pb2.ListRunsRequest.FromString,
                     response_serializer=finetuned_dot_v1_dot_task__service__pb2.ListRunsResponse.SerializeToString,
             ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.DeleteCheckpointResponse.SerializeToString,
+            ),
             'ListEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEvents,
                     request_deserializer=finetuned_dot_v1_dot_task__service__pb2.ListEventsRequest.FromString,
                     response_serializer=finetuned_dot_v1_dot_task__service__pb2.ListEventsResponse.SerializeToString,
+            ),
+            'ExportTaskConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportTaskConfig,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.ExportTaskConfigRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.ExportTaskConfigResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -511,6 +570,60 @@ class TaskService(object):
             _registered_method=True)
 
     @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.TaskService/ListCheckpoints',
+            finetuned_dot_v1_dot_task__service__pb2.ListCheckpointsRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.TaskService/DeleteCheckpoint',
+            finetuned_dot_v1_dot_task__service__pb2.DeleteCheckpointRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.DeleteCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListEvents(request,
             target,
             options=(),
@@ -527,6 +640,33 @@ class TaskService(object):
             '/finetuned.v1.TaskService/ListEvents',
             finetuned_dot_v1_dot_task__service__pb2.ListEventsRequest.SerializeToString,
             finetuned_dot_v1_dot_task__service__pb2.ListEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportTaskConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.TaskService/ExportTaskConfig',
+            finetuned_dot_v1_dot_task__service__pb2.ExportTaskConfigRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.ExportTaskConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,

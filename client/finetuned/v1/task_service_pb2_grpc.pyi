@@ -69,8 +69,8 @@ class TaskServiceStub:
     StartTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.StartTaskRequest, _task_service_pb2.StartTaskResponse]
     """Starts a new run. It waits in the queue while its device is busy.
 
-    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
-    environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
+    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, the training
+    environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
     training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
     StopTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.StopTaskRequest, _task_service_pb2.StopTaskResponse]
@@ -90,9 +90,26 @@ class TaskServiceStub:
     """
     ListRuns: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListRunsRequest, _task_service_pb2.ListRunsResponse]
     """Lists the runs of a task, newest first. NOT_FOUND: no such task. Safe to repeat."""
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListCheckpointsRequest, _task_service_pb2.ListCheckpointsResponse]
+    """Lists the checkpoints that the task's runs have saved and that still stand, newest first. One that is not whole says why, and is
+    never used. NOT_FOUND: no such task. INVALID_ARGUMENT: a bad page token or size. Safe to repeat.
+    """
+    DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.DeleteCheckpointRequest, _task_service_pb2.DeleteCheckpointResponse]
+    """Deletes a checkpoint: the files that its run recorded writing, and no others. No link is followed.
+
+    FAILED_PRECONDITION: the task is QUEUED or RUNNING, or an active run of another task goes on from it. NOT_FOUND: there is none
+    of that name, which is also the answer to a repeat.
+    """
     ListEvents: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListEventsRequest, _task_service_pb2.ListEventsResponse]
     """Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
     Safe to repeat.
+    """
+    ExportTaskConfig: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ExportTaskConfigRequest, _task_service_pb2.ExportTaskConfigResponse]
+    """Writes out the settings of a task, or of one of its runs, as a file that stands for itself: YAML for `finetunectl`, or a Python
+    script that trains alike with torch, transformers and peft alone. Nothing is written to disk.
+
+    NOT_FOUND: no such task, or no such run. INVALID_ARGUMENT: a script of a task that lacks its model, data or output folder; a
+    format that there is not. Safe to repeat.
     """
 
 @_typing.type_check_only
@@ -136,8 +153,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     StartTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.StartTaskRequest, _task_service_pb2.StartTaskResponse]  # type: ignore[assignment]
     """Starts a new run. It waits in the queue while its device is busy.
 
-    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
-    environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
+    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, the training
+    environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
     training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
     StopTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.StopTaskRequest, _task_service_pb2.StopTaskResponse]  # type: ignore[assignment]
@@ -157,9 +174,26 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """
     ListRuns: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListRunsRequest, _task_service_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Lists the runs of a task, newest first. NOT_FOUND: no such task. Safe to repeat."""
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListCheckpointsRequest, _task_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """Lists the checkpoints that the task's runs have saved and that still stand, newest first. One that is not whole says why, and is
+    never used. NOT_FOUND: no such task. INVALID_ARGUMENT: a bad page token or size. Safe to repeat.
+    """
+    DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_task_service_pb2.DeleteCheckpointRequest, _task_service_pb2.DeleteCheckpointResponse]  # type: ignore[assignment]
+    """Deletes a checkpoint: the files that its run recorded writing, and no others. No link is followed.
+
+    FAILED_PRECONDITION: the task is QUEUED or RUNNING, or an active run of another task goes on from it. NOT_FOUND: there is none
+    of that name, which is also the answer to a repeat.
+    """
     ListEvents: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListEventsRequest, _task_service_pb2.ListEventsResponse]  # type: ignore[assignment]
     """Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
     Safe to repeat.
+    """
+    ExportTaskConfig: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ExportTaskConfigRequest, _task_service_pb2.ExportTaskConfigResponse]  # type: ignore[assignment]
+    """Writes out the settings of a task, or of one of its runs, as a file that stands for itself: YAML for `finetunectl`, or a Python
+    script that trains alike with torch, transformers and peft alone. Nothing is written to disk.
+
+    NOT_FOUND: no such task, or no such run. INVALID_ARGUMENT: a script of a task that lacks its model, data or output folder; a
+    format that there is not. Safe to repeat.
     """
 
 class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -236,8 +270,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_service_pb2.StartTaskResponse, _abc.Awaitable[_task_service_pb2.StartTaskResponse]]:
         """Starts a new run. It waits in the queue while its device is busy.
 
-        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or the training
-        environment can't run (see CheckEnvironment). ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
+        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, the training
+        environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
         training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
 
@@ -277,6 +311,28 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the runs of a task, newest first. NOT_FOUND: no such task. Safe to repeat."""
 
     @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _task_service_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_task_service_pb2.ListCheckpointsResponse]]:
+        """Lists the checkpoints that the task's runs have saved and that still stand, newest first. One that is not whole says why, and is
+        never used. NOT_FOUND: no such task. INVALID_ARGUMENT: a bad page token or size. Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteCheckpoint(
+        self,
+        request: _task_service_pb2.DeleteCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.DeleteCheckpointResponse, _abc.Awaitable[_task_service_pb2.DeleteCheckpointResponse]]:
+        """Deletes a checkpoint: the files that its run recorded writing, and no others. No link is followed.
+
+        FAILED_PRECONDITION: the task is QUEUED or RUNNING, or an active run of another task goes on from it. NOT_FOUND: there is none
+        of that name, which is also the answer to a repeat.
+        """
+
+    @_abc_1.abstractmethod
     def ListEvents(
         self,
         request: _task_service_pb2.ListEventsRequest,
@@ -284,6 +340,19 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_service_pb2.ListEventsResponse, _abc.Awaitable[_task_service_pb2.ListEventsResponse]]:
         """Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
         Safe to repeat.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportTaskConfig(
+        self,
+        request: _task_service_pb2.ExportTaskConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.ExportTaskConfigResponse, _abc.Awaitable[_task_service_pb2.ExportTaskConfigResponse]]:
+        """Writes out the settings of a task, or of one of its runs, as a file that stands for itself: YAML for `finetunectl`, or a Python
+        script that trains alike with torch, transformers and peft alone. Nothing is written to disk.
+
+        NOT_FOUND: no such task, or no such run. INVALID_ARGUMENT: a script of a task that lacks its model, data or output folder; a
+        format that there is not. Safe to repeat.
         """
 
 def add_TaskServiceServicer_to_server(servicer: TaskServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

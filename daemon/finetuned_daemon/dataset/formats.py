@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, TypedDict, cast
+from typing import cast
 
+from finetuned_daemon.dataset.turns import (
+    OPENAI,
+    SHAREGPT,
+    BadRecord,
+    Message,
+    Record,
+    check_unicode,
+    late_system,
+    message_text,
+    no_string,
+    read_tools,
+    read_turns,
+)
 from finetuned_daemon.texts import Text
+
+__all__ = [
+    "BadRecord",
+    "Chat",
+    "DataFormat",
+    "Document",
+    "Message",
+    "Record",
+    "message_text",
+    "to_chat",
+    "to_document",
+]
 
 
 class DataFormat(StrEnum):
@@ -22,17 +46,6 @@ class DataFormat(StrEnum):
     PLAIN_TEXT = "PLAIN_TEXT"
 
 
-Role = Literal["system", "user", "assistant"]
-Record = dict[str, object]
-
-
-class Message(TypedDict):
-    """One turn of a chat."""
-
-    role: str
-    content: str
-
-
 @dataclass(frozen=True)
 class Chat:
     """A conversation, and where it stands."""
@@ -41,6 +54,8 @@ class Chat:
     messages: list[Message]
     format: DataFormat = DataFormat.MESSAGES
     byte_offset: int = 0
+    tools: list[Record] | None = None
+    """The tools that the assistant may call, as JSON schemas; None: none are listed."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +68,6 @@ class Document:
     byte_offset: int = 0
 
 
-class BadRecord(Exception):
-    """A record that can't be used; `reason` is stable and in capitals."""
-
-    def __init__(self, reason: str, message: Text) -> None:
-        super().__init__(message.en)
-        self.reason = reason
-        self.message = message
-
-
 @dataclass(frozen=True)
 class _ChatFormat:
     """How a format of chats is recognised and read."""
@@ -71,10 +77,12 @@ class _ChatFormat:
     """A record that has all of these is of this format."""
     name: str
     turns: Callable[[Record], list[Message]]
+    lists_tools: bool = True
+    """Whether "tools" beside the chat are those that the assistant may call."""
 
 
-def to_chat(record: Record) -> tuple[DataFormat, list[Message]]:
-    """The chat in a record, with the format it was taken for.
+def to_chat(record: Record) -> tuple[DataFormat, list[Message], list[Record] | None]:
+    """The chat in a record, with the format it was taken for and the tools listed beside it.
 
     Raises:
         BadRecord: It holds none.
@@ -83,7 +91,7 @@ def to_chat(record: Record) -> tuple[DataFormat, list[Message]]:
     if found is None:
         raise _no_chat(record)
     messages = found.turns(record)
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+    if not any(map(_teaches, messages)):
         raise BadRecord(
             "NO_ANSWER",
             Text(
@@ -91,7 +99,14 @@ def to_chat(record: Record) -> tuple[DataFormat, list[Message]]:
                 "没有含内容的 assistant 回合：没有可学习的内容",
             ),
         )
-    return found.format, messages
+    tools = read_tools(record.get("tools")) if found.lists_tools else None
+    return found.format, messages, tools
+
+
+def _teaches(message: Message) -> bool:
+    return message["role"] == "assistant" and bool(
+        message["content"].strip() or message.get("tool_calls")
+    )
 
 
 def to_document(record: Record) -> str:
@@ -104,7 +119,7 @@ def to_document(record: Record) -> str:
     if isinstance(text, str):
         if not text.strip():
             raise BadRecord("TEXT_EMPTY", Text('"text" is empty', '"text" 为空'))
-        _check_unicode('"text"', text)
+        check_unicode('"text"', text)
         return text
     found = None if "text" in record else _chat_format(record)
     if found is not None:
@@ -152,11 +167,11 @@ def _no_chat(record: Record) -> BadRecord:
 
 
 def _from_messages(record: Record) -> list[Message]:
-    return list(_turns("messages", record["messages"], _OPENAI))
+    return list(read_turns("messages", record["messages"], OPENAI))
 
 
 def _from_sharegpt(record: Record) -> list[Message]:
-    turns = list(_turns("conversations", record["conversations"], _SHAREGPT))
+    turns = list(read_turns("conversations", record["conversations"], SHAREGPT))
     system = _optional_text(record, "system")
     if system and turns[0]["role"] != "system":
         return [Message(role="system", content=system), *turns]
@@ -180,10 +195,10 @@ def _from_alpaca(record: Record) -> list[Message]:
 def _from_prompt_completion(record: Record) -> list[Message]:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = list(_turns("prompt", cast("object", prompt), _OPENAI))
-        after = list(_turns("completion", cast("object", completion), _OPENAI))
+        before = list(read_turns("prompt", cast("object", prompt), OPENAI))
+        after = list(read_turns("completion", cast("object", completion), OPENAI))
         if after[0]["role"] == "system":
-            raise _late_system("completion[0]")
+            raise late_system("completion[0]")
         return [*before, *after]
     if isinstance(prompt, str) and isinstance(completion, str):
         return [
@@ -203,7 +218,9 @@ def _from_prompt_completion(record: Record) -> list[Message]:
 _CHAT_FORMATS = (
     _ChatFormat(DataFormat.MESSAGES, ("messages",), "messages", _from_messages),
     _ChatFormat(DataFormat.SHAREGPT, ("conversations",), "ShareGPT", _from_sharegpt),
-    _ChatFormat(DataFormat.ALPACA, ("instruction", "output"), "Alpaca", _from_alpaca),
+    _ChatFormat(
+        DataFormat.ALPACA, ("instruction", "output"), "Alpaca", _from_alpaca, lists_tools=False
+    ),
     _ChatFormat(
         DataFormat.PROMPT_COMPLETION,
         ("prompt", "completion"),
@@ -213,75 +230,7 @@ _CHAT_FORMATS = (
 )
 
 
-# --- turns and texts
-
-
-@dataclass(frozen=True)
-class _Spelling:
-    """How a format spells turns."""
-
-    role: str
-    content: str
-    roles: dict[str, Role]
-    choices: str
-
-
-_OPENAI = _Spelling(
-    "role",
-    "content",
-    {"system": "system", "user": "user", "assistant": "assistant"},
-    "system, user or assistant",
-)
-_SHAREGPT = _Spelling(
-    "from",
-    "value",
-    {
-        "system": "system",
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "assistant": "assistant",
-        "chatgpt": "assistant",
-    },
-    "system, human or gpt",
-)
-
-
-def _turns(name: str, value: object, spelling: _Spelling) -> Iterator[Message]:
-    if not isinstance(value, list) or not value:
-        raise BadRecord(
-            "TURNS_NOT_LIST",
-            Text(f'"{name}" must be a list of turns', f'"{name}" 必须是回合列表'),
-        )
-    for index, turn in enumerate(cast("list[object]", value)):
-        where = f"{name}[{index}]"
-        if not isinstance(turn, dict):
-            raise BadRecord(
-                "TURN_NOT_OBJECT",
-                Text(
-                    f"{where} must be an object with {spelling.role} and {spelling.content}",
-                    f"{where} 必须是含 {spelling.role} 和 {spelling.content} 的对象",
-                ),
-            )
-        turn = cast("Record", turn)
-        spelled, content = turn.get(spelling.role), turn.get(spelling.content)
-        role = spelling.roles.get(spelled) if isinstance(spelled, str) else None
-        if role is None:
-            given = _short(spelled)
-            raise BadRecord(
-                "ROLE_UNKNOWN",
-                Text(
-                    f"{where}.{spelling.role} must be {spelling.choices}, not {given}",
-                    f"{where}.{spelling.role} 必须是 {spelling.choices.replace(' or ', ', ')} "
-                    f"之一，而不是 {given}",
-                ),
-            )
-        if not isinstance(content, str):
-            raise _no_string(f"{where}.{spelling.content}")
-        _check_unicode(f"{where}.{spelling.content}", content)
-        if role == "system" and index:
-            raise _late_system(where)
-        yield Message(role=role, content=content)
+# --- texts
 
 
 def _history(value: object) -> Iterator[tuple[str, str]]:
@@ -298,7 +247,7 @@ def _history(value: object) -> Iterator[tuple[str, str]]:
         question, answer = texts
         if not isinstance(question, str) or not isinstance(answer, str):
             raise _bad_history(where)
-        _check_unicode(where, question + answer)
+        check_unicode(where, question + answer)
         yield question, answer
 
 
@@ -312,48 +261,13 @@ def _bad_history(where: str) -> BadRecord:
     )
 
 
-def _late_system(where: str) -> BadRecord:
-    return BadRecord(
-        "SYSTEM_NOT_FIRST",
-        Text(
-            f"{where}: a system turn may only come first",
-            f"{where}：system 回合只能位于最前",
-        ),
-    )
-
-
 def _text(record: Record, key: str) -> str:
     value = record[key]
     if not isinstance(value, str):
-        raise _no_string(f'"{key}"')
-    _check_unicode(f'"{key}"', value)
+        raise no_string(f'"{key}"')
+    check_unicode(f'"{key}"', value)
     return value
 
 
 def _optional_text(record: Record, key: str) -> str:
     return "" if record.get(key) is None else _text(record, key)
-
-
-def _no_string(where: str) -> BadRecord:
-    return BadRecord(
-        "CONTENT_NOT_STRING", Text(f"{where} must be a string", f"{where} 必须是字符串")
-    )
-
-
-def _check_unicode(where: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell "\\ud800", which Python takes and no tokenizer does
-        raise BadRecord(
-            "HALF_SURROGATE",
-            Text(f"{where} holds half a surrogate pair", f"{where} 含有不成对的代理字符"),
-        ) from None
-
-
-def _short(value: object) -> str:
-    if isinstance(value, dict):
-        return "{...}"
-    if isinstance(value, list):
-        return "[...]"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -114,11 +114,11 @@ def read_chats(path: Path) -> Iterator[Chat | BadLine]:
     """
     for raw in _read_raw(path):
         try:
-            kind, messages = to_chat(_parse(raw))
+            kind, messages, tools = to_chat(_parse(raw))
         except BadRecord as error:
             yield raw.bad(error.reason, error.message)
         else:
-            yield Chat(raw.line, messages, kind, raw.byte_offset)
+            yield Chat(raw.line, messages, kind, raw.byte_offset, tools)
 
 
 def read_documents(path: Path) -> Iterator[Document | BadLine]:

@@ -12,7 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from finetuned_daemon.config import Config
 from finetuned_daemon.devices import CPU, Device, DeviceType, list_devices
 from finetuned_daemon.environment import items as judging
-from finetuned_daemon.environment.capability import BITSANDBYTES, capabilities
+from finetuned_daemon.environment.capability import (
+    capabilities,
+    device_capability,
+    has_bitsandbytes,
+)
 from finetuned_daemon.environment.model import Capability, Item, Report, errors
 from finetuned_daemon.environment.probe import Probe
 from finetuned_daemon.environment.process import Unanswered, ask
@@ -84,9 +88,18 @@ class Environment:
         return answer.probe if answer else None
 
     def capability(self, device: Device) -> Capability:
-        """What a device can do, from what is known."""
+        """What a device can do; what packages it takes for that is another question."""
+        return device_capability(device)
+
+    def has_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes can be used, from what is known; not known: yes."""
         found = self._python.known()
-        return capabilities(device, self.known(), found.packages if found else None)
+        return has_bitsandbytes(self.known(), found.packages if found else None)
+
+    def packages(self) -> frozenset[str] | None:
+        """The packages that it has, of those that we ask for; None: it has not said so yet."""
+        found = self._python.known()
+        return frozenset(found.packages) if found else None
 
     def model_types(self) -> frozenset[str] | None:
         """`model_type`s that the training environment knows; None: it has not said so yet."""
@@ -160,9 +173,11 @@ class Environment:
             found = await self._python.ask()
         except Unanswered as error:
             return [judging.unusable_python(error.text)]
-        packages = list(judging.judge_packages(path, found, has_gpu=device != CPU))
-        if needs_bitsandbytes(parameters) and BITSANDBYTES not in found.packages:
-            packages.append(judging.missing_bitsandbytes(path))
+        needed = needs_bitsandbytes(parameters)
+        packages = list(
+            judging.judge_packages(path, found, has_gpu=device != CPU, needs_bitsandbytes=needed)
+        )
+        packages += judging.judge_extra_packages(path, found, parameters)
         if errors(packages):
             return errors(packages)
         devices = await asyncio.to_thread(list_devices) if device != CPU else ()
@@ -172,12 +187,14 @@ class Environment:
         on_device = list[Item]()
         if answer is not None:
             probe = answer.probe
-            packages = judging.with_failures(packages, path, probe)
+            packages = judging.with_failures(packages, path, probe, needs_bitsandbytes=needed)
             if device != CPU:
                 on_device.append(judging.judge_driver(path, _gpus(devices), _with_torch(probe)))
             if not errors(on_device):
                 on_device += [
-                    judging.judge_device(path, d, _with_torch(probe), self.capability(d))
+                    judging.judge_device(
+                        path, d, _with_torch(probe), capabilities(d, probe, found.packages)
+                    )
                     for d in devices
                     if d.id == device
                 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -15,7 +16,14 @@ from finetuned_daemon.environment.capability import BITSANDBYTES
 from finetuned_daemon.environment.model import Capability, CheckStatus, Item
 from finetuned_daemon.environment.probe import Probe
 from finetuned_daemon.environment.python import Inventory
-from finetuned_daemon.environment.requirements import DISTRIBUTION, EXTRA, requirements
+from finetuned_daemon.environment.requirements import (
+    DISTRIBUTION,
+    EXTRA,
+    LOW_BIT_EXTRA,
+    requirements,
+)
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.parameters.needs import extra_packages
 from finetuned_daemon.texts import NOTHING, Text
 
 _DISK_WARNING_BYTES = 5 << 30
@@ -53,8 +61,17 @@ def _other_python() -> Text:
 # --- Python and packages
 
 
-def judge_packages(python: str, found: Inventory, *, has_gpu: bool) -> Iterator[Item]:
-    """Python, this distribution, and each package that training needs."""
+def judge_packages(
+    python: str, found: Inventory, *, has_gpu: bool, needs_bitsandbytes: bool = False
+) -> Iterator[Item]:
+    """Python, this distribution, and each package that training needs.
+
+    Args:
+        python: The training environment's.
+        found: What is in it.
+        has_gpu: On a GPU few do without bitsandbytes.
+        needs_bitsandbytes: It is for a run that can't do without.
+    """
     wanted = requirements().python
     if not wanted.contains(found.python, prereleases=True):
         yield Item(
@@ -74,7 +91,9 @@ def judge_packages(python: str, found: Inventory, *, has_gpu: bool) -> Iterator[
     yield _judge_own(python, found.packages.get(DISTRIBUTION))
     for requirement in requirements().packages:
         yield _judge_package(python, requirement, found.packages.get(requirement.name))
-    yield _judge_bitsandbytes(python, found.packages.get(BITSANDBYTES), has_gpu=has_gpu)
+    yield _judge_bitsandbytes(
+        python, found.packages.get(BITSANDBYTES), has_gpu=has_gpu, needed=needs_bitsandbytes
+    )
 
 
 def _judge_own(python: str, found: str | None) -> Item:
@@ -135,36 +154,52 @@ def _judge_package(python: str, requirement: Requirement, found: str | None) -> 
     )
 
 
-def _judge_bitsandbytes(python: str, found: str | None, *, has_gpu: bool) -> Item:
+def _judge_bitsandbytes(python: str, found: str | None, *, has_gpu: bool, needed: bool) -> Item:
+    requirement = requirements().bitsandbytes
     if found is not None:
-        return Item(name=BITSANDBYTES, found=found)
-    if not has_gpu:
-        text = Text("not installed; of no use without a GPU", "未安装；没有 GPU 时不需要")
-        return Item(name=BITSANDBYTES, message=text)
+        item = _judge_package(python, requirement, found)
+        is_wrong = item.status is CheckStatus.ERROR
+        return replace(item, status=CheckStatus.WARNING) if is_wrong and not needed else item
+    if needed:
+        status, message = (
+            CheckStatus.ERROR,
+            Text(
+                f"{BITSANDBYTES} is not installed in {python}: QLoRA and 8-bit optimizers need it",
+                f"{python} 中没有安装 {BITSANDBYTES}：QLoRA 与 8-bit 优化器需要它",
+            ),
+        )
+    else:
+        status, message = (
+            CheckStatus.WARNING if has_gpu else CheckStatus.OK,
+            Text(
+                "not installed: QLoRA and 8-bit optimizers need it, all else runs without",
+                "未安装：QLoRA 与 8-bit 优化器需要它，其他功能不受影响",
+            ),
+        )
     return Item(
         name=BITSANDBYTES,
-        status=CheckStatus.WARNING,
-        message=Text(
-            "not installed: QLoRA and 8-bit optimizers need it, all else runs without",
-            "未安装：QLoRA 与 8-bit 优化器需要它，其他功能不受影响",
-        ),
-        remedy=_command(python, BITSANDBYTES),
+        status=status,
+        wanted=str(requirement.specifier),
+        message=message,
+        remedy=_command(python, f"{DISTRIBUTION}[{LOW_BIT_EXTRA}]"),
         reason="PACKAGE_MISSING",
     )
 
 
-def missing_bitsandbytes(python: str) -> Item:
-    """A run asks for 4 or 8 bits, and the package for it is missing."""
-    return Item(
-        name=BITSANDBYTES,
-        status=CheckStatus.ERROR,
-        message=Text(
-            f"{BITSANDBYTES} is not installed in {python}: QLoRA and 8-bit optimizers need it",
-            f"{python} 中没有安装 {BITSANDBYTES}：QLoRA 与 8-bit 优化器需要它",
-        ),
-        remedy=_command(python, BITSANDBYTES),
-        reason="PACKAGE_MISSING",
-    )
+def judge_extra_packages(python: str, found: Inventory, parameters: Parameters) -> Iterator[Item]:
+    """The packages that a run needs for an extension, and the environment lacks."""
+    for field, package in extra_packages(parameters).items():
+        if not any(name in found.packages for name in package.distributions):
+            yield Item(
+                name=package.name,
+                status=CheckStatus.ERROR,
+                message=Text(
+                    f"{package.name} is not installed in {python}: {field} needs it",
+                    f"{python} 中没有安装 {package.name}：{field} 需要它",
+                ),
+                remedy=_command(python, package.name),
+                reason="PACKAGE_MISSING",
+            )
 
 
 # --- the probe
@@ -184,9 +219,8 @@ def failed_probe(why: Text) -> Item:
     )
 
 
-def broken_package(python: str, name: str, found: str, error: str) -> Item:
+def broken_package(python: str, name: str, found: str, error: str, *, needed: bool = True) -> Item:
     """A package is installed and can't be imported."""
-    needed = name != BITSANDBYTES
     return Item(
         name=name,
         status=CheckStatus.ERROR if needed else CheckStatus.WARNING,
@@ -197,10 +231,18 @@ def broken_package(python: str, name: str, found: str, error: str) -> Item:
     )
 
 
-def with_failures(items: Sequence[Item], python: str, probe: Probe) -> list[Item]:
+def with_failures(
+    items: Sequence[Item], python: str, probe: Probe, *, needs_bitsandbytes: bool = False
+) -> list[Item]:
     """The items of packages, those that can't be imported in place of what was said of them."""
     return [
-        broken_package(python, item.name, item.found, probe.failures[item.name])
+        broken_package(
+            python,
+            item.name,
+            item.found,
+            probe.failures[item.name],
+            needed=needs_bitsandbytes or item.name != BITSANDBYTES,
+        )
         if item.name in probe.failures
         else item
         for item in items

@@ -43,7 +43,7 @@ class Probe(_Record):
     model_types: tuple[str, ...]
     """`model_type`s of causal language models that transformers knows."""
     runtime_bytes: int = 0
-    """Resident memory once all is imported that a run imports; 0: not known.
+    """Resident memory once all is imported that a run imports; 0: not known. Without bitsandbytes.
 
     A torch that is built for CUDA takes twice that of one for the CPU alone.
     """

@@ -15,6 +15,7 @@ from finetuned_daemon.environment import inventory
 from finetuned_daemon.environment.capability import BITSANDBYTES
 from finetuned_daemon.environment.process import Unanswered, ask
 from finetuned_daemon.environment.requirements import DISTRIBUTION, requirements
+from finetuned_daemon.parameters.needs import EXTRA_PACKAGES
 from finetuned_daemon.texts import Text
 
 _DEADLINE_SECONDS = 20.0
@@ -102,7 +103,8 @@ def _source() -> str:
 
 
 def _names() -> list[str]:
-    return [DISTRIBUTION, *requirements().names, BITSANDBYTES]
+    extra = [name for package in EXTRA_PACKAGES for name in package.distributions]
+    return [DISTRIBUTION, *requirements().names, BITSANDBYTES, *extra]
 
 
 def _changed(path: str) -> int:

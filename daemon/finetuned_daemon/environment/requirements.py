@@ -12,6 +12,8 @@ from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "finetuned"
 EXTRA = "train"
+LOW_BIT_EXTRA = "qlora"
+"""What 4-bit weights and 8-bit optimizers need beyond that: bitsandbytes."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Requirements:
     python: SpecifierSet
     packages: Sequence[Requirement]
     """In the order of the extra."""
+    bitsandbytes: Requirement
+    """Needed with 4-bit weights and 8-bit optimizers alone."""
 
     @property
     def names(self) -> list[str]:
@@ -30,15 +34,23 @@ class Requirements:
 
 @functools.cache
 def requirements() -> Requirements:
-    """What the extra `train` of this distribution asks for."""
+    """What the extras `train` and `qlora` of this distribution ask for."""
     metadata = importlib.metadata.metadata(DISTRIBUTION)
+    packages = _of_extra(EXTRA)
+    known = {requirement.name for requirement in packages}
+    (bitsandbytes,) = (r for r in _of_extra(LOW_BIT_EXTRA) if r.name not in known)
     return Requirements(
         python=SpecifierSet(metadata["Requires-Python"] or ""),
-        packages=tuple(
-            requirement
-            for requirement in map(Requirement, importlib.metadata.requires(DISTRIBUTION) or ())
-            if requirement.marker is not None
-            and requirement.marker.evaluate({"extra": EXTRA})
-            and not requirement.marker.evaluate({"extra": ""})
-        ),
+        packages=packages,
+        bitsandbytes=bitsandbytes,
+    )
+
+
+def _of_extra(extra: str) -> tuple[Requirement, ...]:
+    return tuple(
+        requirement
+        for requirement in map(Requirement, importlib.metadata.requires(DISTRIBUTION) or ())
+        if requirement.marker is not None
+        and requirement.marker.evaluate({"extra": extra})
+        and not requirement.marker.evaluate({"extra": ""})
     )

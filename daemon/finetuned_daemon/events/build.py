@@ -8,6 +8,8 @@ from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from finetuned.v1 import event_pb2, task_pb2
+from finetuned_daemon.explain import Explanation
+from finetuned_daemon.parameters import protos
 from finetuned_daemon.runs.contract import (
     KINDS,
     EndReason,
@@ -17,6 +19,7 @@ from finetuned_daemon.runs.contract import (
     RunPhase,
 )
 from finetuned_daemon.tasks import TaskState
+from finetuned_daemon.texts import NOTHING
 
 
 def timestamp(microseconds: int) -> Timestamp:
@@ -68,22 +71,31 @@ def state_change(
 
 
 def result(
-    time_us: int, run: int, outcome: Result, *, exit_code: int | None, signal: str
+    time_us: int,
+    run: int,
+    outcome: Result,
+    *,
+    exit_code: int | None,
+    signal: str,
+    explanation: Explanation,
 ) -> event_pb2.Event:
     """The event of a run's end."""
-    return event_pb2.Event(
-        time=timestamp(time_us),
-        run=run,
-        result=event_pb2.Result(
-            end_reason=end_reason_value(outcome.end_reason),
-            message=outcome.message,
-            step=outcome.step,
-            output_path=outcome.output_path,
-            exit_code=exit_code,
-            signal=signal,
-            detail=outcome.detail,
-        ),
+    message = event_pb2.Result(
+        end_reason=end_reason_value(outcome.end_reason),
+        message=outcome.message,
+        step=outcome.step,
+        output_path=outcome.output_path,
+        exit_code=exit_code,
+        signal=signal,
+        detail=outcome.detail,
     )
+    if explanation.evidence is not None:
+        message.evidence.CopyFrom(event_pb2.Evidence(**vars(explanation.evidence)))
+    if explanation.fix:
+        message.fix.CopyFrom(protos.patch_to_proto(explanation.fix))
+    if explanation.advice != NOTHING:
+        message.advice.en, message.advice.zh = explanation.advice.en, explanation.advice.zh
+    return event_pb2.Event(time=timestamp(time_us), run=run, result=message)
 
 
 def task_edited(time_us: int, fields: Sequence[str]) -> event_pb2.Event:

@@ -1,4 +1,4 @@
-"""The 49 parameters, a module a section; the form that they make, and their way to the protos.
+"""The 49 parameters and the extensions, a module a section; the form, and the way to the protos.
 
 What may be asked of them is judged in `validation`.
 """

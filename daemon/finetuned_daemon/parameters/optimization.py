@@ -16,10 +16,10 @@ class OptimizationParameters(Section):
         "common",
         help=Text(
             "Loads the frozen weights in 4 bits (NF4) and trains LoRA matrices on them: a quarter "
-            "of the memory of 16-bit weights, at some cost of speed. It needs an NVIDIA GPU, "
-            "Ampere or newer, and bitsandbytes; the model on disk stays as it is.",
+            "of the memory of 16-bit weights, at some cost of speed. It needs bitsandbytes, and an "
+            "NVIDIA GPU, Ampere or newer, or the CPU; the model on disk stays as it is.",
             "以 4-bit（NF4）加载冻结的权重，在其上训练 LoRA 矩阵：显存约为 16 位权重的四分之一，速"
-            "度略慢。需要 NVIDIA Ampere 或更新的 GPU 和 bitsandbytes；磁盘上的模型不变。",
+            "度略慢。需要 bitsandbytes，以及 NVIDIA Ampere 或更新的 GPU 或 CPU；磁盘上的模型不变。",
         ),
         enabled_when=(SFT_ONLY, one_of("lora.use_lora", True)),
     )
@@ -31,9 +31,10 @@ class OptimizationParameters(Section):
         help=Text(
             "Keeps the state of AdamW in 8 bits: a quarter of its memory, which matters when all "
             "weights are trained and hardly at all with LoRA. Other optimizers have no such form. "
-            "It needs an NVIDIA GPU, Ampere or newer, and bitsandbytes.",
+            "It needs bitsandbytes, and an NVIDIA GPU, Ampere or newer, or the CPU.",
             "以 8-bit 保存 AdamW 的状态，占用约为四分之一；全量训练时效果明显，LoRA 时差别很小。"
-            "其他优化器没有 8-bit 版本。需要 NVIDIA Ampere 或更新的 GPU 和 bitsandbytes。",
+            "其他优化器没有 8-bit 版本。需要 bitsandbytes，以及 NVIDIA Ampere 或更新的 GPU，"
+            "或 CPU。",
         ),
     )
     fp16: bool = parameter(

@@ -5,6 +5,7 @@ A test compares.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetuned.v1 import parameters_pb2
@@ -36,4 +37,19 @@ def to_proto(parameters: Parameters) -> parameters_pb2.Parameters:
                 getattr(part, name).values.extend(value)
             elif value is not None:
                 setattr(part, name, value)
+    return message
+
+
+def patch_to_proto(
+    values: Mapping[str, bool | int | float | str | Sequence[str]],
+) -> parameters_pb2.Parameters:
+    """The message with the fields of these paths set, such as `training.batch_size`."""
+    message = parameters_pb2.Parameters()
+    for path, value in values.items():
+        section, _, name = path.partition(".")
+        part = getattr(message, section)
+        if isinstance(value, str | int | float):
+            setattr(part, name, value)
+        else:
+            getattr(part, name).values.extend(value)
     return message

@@ -19,7 +19,7 @@ from finetuned_daemon.parameters.field import (
     info_of,
     limits_of,
 )
-from finetuned_daemon.parameters.models import SECTIONS
+from finetuned_daemon.parameters.models import EXTENSIONS, SECTIONS
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.tasks import LABELS
 from finetuned_daemon.texts import Text
@@ -31,6 +31,7 @@ SECTION_LABELS: Mapping[str, Text] = {
     "optimization": Text("Optimization", "优化配置"),
     "logging": Text("Logging", "日志配置"),
     "general": Text("General", "通用配置"),
+    EXTENSIONS: Text("Extensions", "扩展功能"),
 }
 
 FOLD_LABELS: Mapping[Fold, Text] = {
@@ -135,6 +136,7 @@ def _field(path: str, field: FieldInfo) -> pb2.ParameterField:
         visible_when=_conditions(info.visible_when),
         enabled_when=_conditions(info.enabled_when),
         note=_text(info.note),
+        extension=path.startswith(f"{EXTENSIONS}."),
     )
 
 

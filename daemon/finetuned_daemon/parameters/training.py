@@ -326,11 +326,11 @@ class TrainingParameters(Section):
         le=1000,
         unit=Text("checkpoints", "个检查点"),
         help=Text(
-            "How many checkpoints are kept; of more, the oldest are deleted. With all weights "
-            "trained a checkpoint is about three times the size of the model in float32: mind the "
-            "disk.",
-            "保留的检查点数量，超出时删除最旧的。训练全部权重时，一个检查点约为 float32 模型的三倍"
-            "大小，请留意磁盘空间。",
+            "How many checkpoints are kept; of more, the oldest are deleted, but never the one "
+            "with the lowest evaluation loss. With all weights trained a checkpoint is about three "
+            "times the size of the model in float32: mind the disk.",
+            "保留的检查点数量，超出时删除最旧的，但评估损失最低的始终保留。训练全部权重时，一个"
+            "检查点约为 float32 模型的三倍大小，请留意磁盘空间。",
         ),
         enabled_when=(_SAVES,),
     )

@@ -6,6 +6,8 @@
     setup.py         which weights are trained on a device, in which formats
     disk.py          bytes that a run leaves
     memory.py        peak memory of the runner
+    timing.py        how long it takes
+    calibration.py   what a probe corrects
     plan.py          all of it
 
 Nothing here imports torch; formulas follow what transformers, peft and torch were measured to do.

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,38 @@ class Adapter:
     """Tensors that are trained, in float32."""
     base: Mapping[str, Shape]
     """Frozen weights that are saved with them: embeddings that LoRA was put on."""
+    is_converted: bool = False
+    """Saved as an adapter of twice the rank, which the original weights take."""
+    dropout: float = 0.0
+    """Share of the layers' input that is dropped."""
+
+    @property
+    def saved(self) -> Mapping[str, Shape]:
+        """The trained tensors, as they are saved."""
+        if not self.is_converted:
+            return self.trained
+        return {
+            name: (2 * shape[0], shape[1])
+            if name.endswith(".lora_A.weight")
+            else (shape[0], 2 * shape[1])
+            if name.endswith(".lora_B.weight")
+            else shape
+            for name, shape in self.trained.items()
+        }
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is a DoRA adapter."""
+        return any(name.endswith(".lora_magnitude_vector") for name in self.trained)
+
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """Rank on each module that it changes, by the module's full name; 0: trained as a whole."""
+        ranks = dict[str, int]()
+        for name, shape in self.trained.items():
+            module, _, kind = name.removeprefix(_PREFIX).removesuffix(".weight").partition(".lora_")
+            ranks[module] = shape[0] if kind == "A" else ranks.get(module, 0)
+        return ranks
 
     @property
     def parameters(self) -> int:
@@ -63,6 +96,9 @@ class _Settings:
     layers: tuple[int, ...] = ()
     has_magnitudes: bool = False
     """DoRA: a vector more for each module."""
+    is_converted: bool = False
+    """PiSSA: saved with twice the rank."""
+    dropout: float = 0.0
 
 
 def plan_adapter(parameters: Parameters, model: ModelFiles) -> Adapter:
@@ -86,13 +122,19 @@ def plan_adapter(parameters: Parameters, model: ModelFiles) -> Adapter:
             trained[f"{prefix}.lora_A.weight"] = (rank, second)
             trained[f"{prefix}.lora_B.weight"] = (first, rank)
         if settings.has_magnitudes:
-            trained[f"{prefix}.lora_magnitude_vector"] = (first,)
+            size = second if name == model.input_embedding else first
+            trained[f"{prefix}.lora_magnitude_vector"] = (size,)
         if name.rpartition(".")[2] in _EMBEDDINGS and _names_embedding(settings):
             base[f"{prefix}.base_layer.weight"] = (first, second)
     for name, shape in model.modules.items():
         if name.rpartition(".")[2] in settings.saved_whole:
             trained[f"{_PREFIX}{name}.weight"] = shape
-    return Adapter(trained=trained, base=base)
+    return Adapter(
+        trained=trained,
+        base=base,
+        is_converted=settings.is_converted,
+        dropout=settings.dropout,
+    )
 
 
 def _is_target(name: str, model: ModelFiles, settings: _Settings) -> bool:
@@ -139,7 +181,13 @@ def _settings(parameters: Parameters) -> _Settings:
         return _read(Path(data.resume_from_checkpoint or data.model_path or "") / ADAPTER_CONFIG)
     if lora.peft_config_path:
         return _read(Path(lora.peft_config_path))
-    return _Settings(rank=lora.lora_r, targets=tuple(lora.lora_target_modules))
+    return _Settings(
+        rank=lora.lora_r,
+        targets=tuple(lora.lora_target_modules),
+        has_magnitudes=parameters.extensions.use_dora,
+        is_converted=parameters.extensions.lora_init == "pissa",
+        dropout=lora.lora_dropout,
+    )
 
 
 def _read(file: Path) -> _Settings:
@@ -155,6 +203,7 @@ def _read(file: Path) -> _Settings:
             saved_whole=tuple(map(str, values.get("modules_to_save") or ())),
             layers=_layers(values.get("layers_to_transform")),
             has_magnitudes=bool(values.get("use_dora")),
+            dropout=float(values.get("lora_dropout") or 0),
         )
         patterns: list[Any] = [settings.targets, settings.excluded, *settings.ranks]
         for pattern in patterns:

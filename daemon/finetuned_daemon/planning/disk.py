@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.planning.model_files import DTYPE_BITS
+from finetuned_daemon.planning.model_files import DTYPE_BITS, ModelFiles
 from finetuned_daemon.planning.schedule import Schedule
 from finetuned_daemon.planning.setup import Setup
 
@@ -18,7 +18,13 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_templa
 # as peft 0.21 and transformers 5.24 write them, which differ by a few hundred bytes.
 _ADAPTER_FILES = 6_400
 _MODEL_FILES = 900
-_STATE_FILES = 18_200
+_STATE_FILES = 20_300
+_NOTES = 6_900
+"""Model card and record of a run, beside its results."""
+_PEFT_CARD = 5_200
+"""What peft writes in place of the card; it is among the files about an adapter."""
+_NOTED_ENTRY = 30
+"""Bytes of a loss in the record."""
 _LOG_ENTRY = 190
 """Bytes in trainer_state.json of one entry of the log, as measured."""
 _OPTIMIZER_FILE = 1_500
@@ -55,14 +61,25 @@ def plan_disk(parameters: Parameters, setup: Setup, schedule: Schedule) -> Disk:
         Path(parameters.data.tokenizer_path or parameters.data.model_path or setup.model.path)
     )
     model = tokenizer + _model_bytes(setup)
-    entries = schedule.total_steps // parameters.logging.logging_steps + schedule.evaluations + 1
+    entries = log_entries(parameters, schedule)
     is_merged = setup.adapter is not None and parameters.lora.merge_lora
+    notes = _NOTES + entries * _NOTED_ENTRY
     return Disk(
-        checkpoint_bytes=model + _STATE_FILES + entries * _LOG_ENTRY + _optimizer_bytes(setup),
-        final_bytes=model,
-        merged_bytes=_merged_bytes(setup) + tokenizer + _MODEL_FILES if is_merged else 0,
+        checkpoint_bytes=model + _STATE_FILES + log_bytes(entries) + _optimizer_bytes(setup),
+        final_bytes=model + notes - (_PEFT_CARD if setup.adapter is not None else 0),
+        merged_bytes=_merged_bytes(setup) + tokenizer + _MODEL_FILES + notes if is_merged else 0,
         kept_checkpoints=schedule.kept_checkpoints,
     )
+
+
+def log_entries(parameters: Parameters, schedule: Schedule) -> int:
+    """Entries of the log of a run at its end."""
+    return schedule.total_steps // parameters.logging.logging_steps + schedule.evaluations + 1
+
+
+def log_bytes(entries: int) -> int:
+    """What they take of a checkpoint."""
+    return entries * _LOG_ENTRY
 
 
 # --- weights
@@ -77,19 +94,24 @@ def _model_bytes(setup: Setup) -> int:
     base = "F32" if setup.weight_bytes == 4 else "BF16"
     return (
         _ADAPTER_FILES
-        + _file_bytes(setup.adapter.trained, "F32")
+        + _file_bytes(setup.adapter.saved, "F32")
         + _file_bytes(setup.adapter.base, base)
     )
 
 
 def _merged_bytes(setup: Setup) -> int:
     model = setup.model
-    if setup.four_bit:  # the base is loaded once more, as it is stored
-        return model.parameters * DTYPE_BITS[model.dtype] // 8
+    if setup.four_bit:  # the base is loaded once more
+        return model_bytes(model)
     shapes = {name: tensor.shape for name, tensor in model.weights.items()}
     return _file_bytes(shapes, "F32" if setup.weight_bytes == 4 else "BF16") or (
         model.parameters * setup.weight_bytes
     )
+
+
+def model_bytes(model: ModelFiles) -> int:
+    """All weights, in the format in which they are stored."""
+    return model.parameters * DTYPE_BITS[model.dtype] // 8
 
 
 def _file_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
@@ -119,23 +141,30 @@ def _optimizer_bytes(setup: Setup) -> int:
 
 def optimizer_state_bytes(setup: Setup) -> int:
     """What the optimizer keeps about the trained weights."""
-    shapes = list(setup.trained.values()) or [(setup.model.parameters,)]
-    return sum(_state_bytes(shape, setup) for shape in shapes)
+    shapes = setup.trained or {"": (setup.model.parameters,)}
+    return sum(_state_bytes(name, shape, setup) for name, shape in shapes.items())
 
 
-def _state_bytes(shape: tuple[int, ...], setup: Setup) -> int:
+def _state_bytes(name: str, shape: tuple[int, ...], setup: Setup) -> int:
     size = math.prod(shape)
     match setup.optimizer:
         case "adam":
             return 8 * size
         case "adam_8bit":
-            if size < _LEAST_8BIT:
+            # transformers has the state of embeddings kept in float32.
+            if size < _LEAST_8BIT or _is_embedding(name, setup):
                 return 8 * size
             return 2 * (size + 4 * math.ceil(size / _BLOCK_8BIT))
         case "adafactor":  # the squares' mean by row and by column (Shazeer and Stern, 2018)
             return 4 * (size // shape[-1] + size // shape[-2] if len(shape) > 1 else size)
         case "sgd":
             return 0
+
+
+def _is_embedding(name: str, setup: Setup) -> bool:
+    """Whether a weight is that of the input embeddings, or of their copy beside an adapter."""
+    module = setup.model.input_embedding
+    return bool(module) and (name == f"{module}.weight" or f"{module}.modules_to_save." in name)
 
 
 # --- tokenizer

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuned_daemon.dataset.report import Measured
+from finetuned_daemon.dataset.report import Measured, MeasuredFile
 from finetuned_daemon.devices import Device
+from finetuned_daemon.measurements import Measurement, find
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.planning.disk import Disk, plan_disk
+from finetuned_daemon.planning.calibration import (
+    Calibration,
+    best_rates,
+    calibrated_disk,
+    calibrated_memory,
+    guessed_scoring,
+)
+from finetuned_daemon.planning.disk import Disk, log_entries, plan_disk
 from finetuned_daemon.planning.memory import Memory, plan_memory
 from finetuned_daemon.planning.model_files import ModelFiles
-from finetuned_daemon.planning.schedule import Schedule, plan_schedule, split_sizes
-from finetuned_daemon.planning.setup import plan_setup
+from finetuned_daemon.planning.schedule import Schedule, packed_rows, plan_schedule, split_sizes
+from finetuned_daemon.planning.setup import Setup, plan_setup
+from finetuned_daemon.planning.timing import Rates, run_seconds
 from finetuned_daemon.runs.contract import TrainingType
 
 _START_SECONDS = 4.0
 """Imports, the model's construction and the first step's own work; seen in short runs."""
 _DISK_RATE = 400e6
 """Bytes a second at which a checkpoint is written, made durable and hashed; a rough guess."""
-_EVALUATION_COST = 1 / 3
-"""Of a token that is scored against one that is learned: it goes forward only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,8 @@ class Plan:
     memory_free_bytes: int
     duration_seconds: float | None
     """None where this machine has not measured a run of the model yet."""
+    calibration: Calibration | None = None
+    """The probe that has corrected it."""
 
     @property
     def disk_bytes(self) -> int:
@@ -67,6 +77,7 @@ def make_plan(
     resume_step: int = 0,
     tokens_per_second: float | None = None,
     runtime_bytes: int = 0,
+    measurements: Sequence[Measurement] = (),
 ) -> Plan:
     """Plans a run.
 
@@ -79,6 +90,7 @@ def make_plan(
         resume_step: Step of the checkpoint that it goes on from.
         tokens_per_second: Of an earlier run of this kind on this machine.
         runtime_bytes: Of the training environment, once all is imported; 0: not known.
+        measurements: What probes of the model have measured on such a device, newest first.
 
     Raises:
         ModelUnreadable: The LoRA configuration file can't be used.
@@ -92,28 +104,70 @@ def make_plan(
         else:
             samples, scored = split_sizes(samples, data.eval_ratio)
             tokens = round(tokens * samples / max(1, train.samples))
-    schedule = plan_schedule(
-        parameters.training, samples, evaluates=scored > 0, resume_step=resume_step
-    )
     setup = plan_setup(parameters, training_type, device, model)
+    rows, is_certain, lengths = samples, True, longest
+    if _packs(parameters, training_type, setup):
+        rows, is_certain = _packed(parameters, train, samples)
+        lengths = [min(parameters.training.max_seq_length, tokens)]
+    schedule = plan_schedule(
+        parameters.training, rows, evaluates=scored > 0, resume_step=resume_step
+    )
     disk = plan_disk(parameters, setup, schedule)
+    memory = plan_memory(
+        parameters, setup, lengths, rows, runtime_bytes, learned_share=_learned_share(train)
+    )
+    found = find(measurements, parameters, training_type, max(longest, default=0), samples)
+    calibration = None
+    if found is not None:
+        known = found.measurement
+        calibration = Calibration(
+            measured=found.is_equal,
+            probe_time=known.time,
+            planned_peak_memory_bytes=memory.peak_bytes,
+        )
+        memory = calibrated_memory(memory, found, device, model, runtime_bytes)
+        if found.is_equal:
+            disk = calibrated_disk(disk, known.report, log_entries(parameters, schedule))
+    rates = best_rates(found, tokens_per_second, _guessed(tokens_per_second or 1.0))
     return Plan(
         train_samples=samples,
         eval_samples=scored,
         train_tokens=tokens,
         cut_samples=train.cut,
         dropped_samples=train.dropped,
-        exact=measured.exact,
+        exact=measured.exact and is_certain,
         schedule=schedule,
         disk=disk,
         disk_free_bytes=_free_bytes(data.output_dir),
         trainable_parameters=setup.trained_parameters,
         total_parameters=setup.total_parameters,
-        memory=plan_memory(parameters, setup, longest, samples, runtime_bytes),
+        memory=memory,
         memory_total_bytes=device.memory_total_bytes,
         memory_free_bytes=device.memory_free_bytes,
-        duration_seconds=_duration(schedule, disk, samples, tokens, scored, tokens_per_second),
+        duration_seconds=_duration(schedule, disk, samples, tokens, scored, rates),
+        calibration=calibration,
     )
+
+
+def _packs(parameters: Parameters, training_type: TrainingType, setup: Setup) -> bool:
+    # Blocks of text fill their rows already.
+    return parameters.extensions.packing and training_type is TrainingType.SFT and setup.in_rows
+
+
+def _packed(parameters: Parameters, train: MeasuredFile, samples: int) -> tuple[int, bool]:
+    """Rows that `samples` of the training file are packed into, and whether that is certain."""
+    lengths = [length for length, _ in train.longest]
+    row_length = parameters.training.max_seq_length
+    rows, is_certain = packed_rows(lengths, train.samples, train.tokens, row_length)
+    if samples == train.samples:
+        return rows, is_certain
+    return max(1, round(rows * samples / train.samples)), False
+
+
+def _learned_share(train: MeasuredFile) -> float:
+    """Of the tokens of the longest samples, those that are learned."""
+    tokens = sum(length for length, _ in train.longest)
+    return sum(learned for _, learned in train.longest) / tokens if tokens else 1.0
 
 
 def evaluates(parameters: Parameters) -> bool:
@@ -129,17 +183,23 @@ def _duration(
     samples: int,
     tokens: int,
     scored: int,
-    tokens_per_second: float | None,
+    rates: Rates | None,
 ) -> float | None:
-    if not tokens_per_second:
+    if rates is None:
         return None
     trained = tokens * schedule.run_steps / schedule.steps_per_epoch
     evaluated = schedule.evaluations * scored * tokens / max(1, samples)
     written = schedule.checkpoints * disk.checkpoint_bytes + disk.final_bytes + disk.merged_bytes
-    return (
-        _START_SECONDS
-        + (trained + _EVALUATION_COST * evaluated) / tokens_per_second
-        + written / _DISK_RATE
+    return run_seconds(rates, trained=trained, scored=evaluated, written=written)
+
+
+def _guessed(tokens_per_second: float) -> Rates:
+    """What is likely of a run of which nothing but its speed is known."""
+    return Rates(
+        start_seconds=_START_SECONDS,
+        tokens_per_second=tokens_per_second,
+        scored_tokens_per_second=guessed_scoring(tokens_per_second),
+        written_bytes_per_second=_DISK_RATE,
     )
 
 

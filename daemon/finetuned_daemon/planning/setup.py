@@ -15,6 +15,18 @@ OptimizerKind = Literal["adam", "adam_8bit", "adafactor", "sgd"]
 
 _AMPERE = (8, 0)
 """Compute capability from which on a GPU has bf16."""
+_PADDED = frozenset(
+    {
+        *("bloom", "codegen", "deepseek_v2", "deepseek_v3", "gemma2", "gptj", "gpt_oss"),
+        *("minimax", "mpt", "xglm"),
+        # Convolutions and recurrences see across documents.
+        *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba"),
+        *("mamba2", "nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "zamba", "zamba2"),
+    }
+)
+"""Types of models that the runner does not compute in rows of documents; it tries each."""
+_SCALED_LOGITS = frozenset(("cohere", "cohere2", "granite", "granitemoe"))
+"""Types of models that make more of their head's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +46,12 @@ class Setup:
     checkpointing: bool
     """Activations are computed twice rather than kept."""
     optimizer: OptimizerKind
+    in_rows: bool
+    """A micro-batch is one row of documents, without padding."""
+    has_plain_head: bool
+    """Logits are made a few at a time, and of learned positions only."""
+    is_fused: bool
+    """LoRA layers compute in one piece, and not as PEFT does."""
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
@@ -66,15 +84,40 @@ def plan_setup(
     has_bf16 = not on_gpu or _capability(device) >= _AMPERE
     is_half = (optimization.bf16 and has_bf16) or (optimization.fp16 and on_gpu)
     uses_lora = training_type is TrainingType.SFT and parameters.lora.use_lora
+    adapter = plan_adapter(parameters, model) if uses_lora else None
+    four_bit = uses_lora and optimization.use_qlora
+    is_left_alone = _is_left_alone(parameters)
+    in_rows = (
+        not is_left_alone
+        and parameters.extensions.attn_implementation != "eager"
+        and model.model_type not in _PADDED
+    )
     return Setup(
         model=model,
-        adapter=plan_adapter(parameters, model) if uses_lora else None,
+        adapter=adapter,
         on_gpu=on_gpu,
         compute_bytes=2 if is_half else 4,
         weight_bytes=2 if is_half and uses_lora and on_gpu else 4,
-        four_bit=uses_lora and optimization.use_qlora,
+        four_bit=four_bit,
         checkpointing=optimization.gradient_checkpointing,
         optimizer=_optimizer(parameters),
+        in_rows=in_rows,
+        # In fp16 a gradient has to be scaled before it is computed.
+        has_plain_head=in_rows
+        and not (optimization.fp16 and on_gpu)
+        and model.model_type not in _SCALED_LOGITS
+        and (adapter is None or model.output_embedding not in adapter.ranks),
+        is_fused=adapter is not None
+        and not (is_left_alone or is_half or four_bit)
+        and not (adapter.dropout or adapter.has_magnitudes),
+    )
+
+
+def _is_left_alone(parameters: Parameters) -> bool:
+    """Whether an extension has changed the model's forward pass, which the runner then keeps."""
+    extensions = parameters.extensions
+    return bool(
+        extensions.use_liger_kernel or extensions.torch_compile or extensions.neftune_noise_alpha
     )
 
 

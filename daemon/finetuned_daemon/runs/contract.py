@@ -79,6 +79,7 @@ class EndReason(StrEnum):
     RUNNER_CRASHED = "RUNNER_CRASHED"
     INTERRUPTED = "INTERRUPTED"
     QUOTA_USED_UP = "QUOTA_USED_UP"
+    PROBED = "PROBED"
 
 
 class _Record(BaseModel):
@@ -113,6 +114,10 @@ class Spec(_Record):
 
     One in `control.json` takes its place. A stop saves all the same.
     """
+    cache_dir: str = ""
+    """Folder where tokens of training data are kept for the next run; empty: the run folder."""
+    probe: bool = False
+    """Only measure what a run takes. The daemon removes the output folder then."""
     parameters: Parameters
 
 
@@ -131,6 +136,9 @@ class Control(_Record):
     """As in `Spec`, where it has changed since."""
 
 
+FixValue = bool | int | float | str | tuple[str, ...]
+
+
 class Result(_Record):
     """How a run ended, by its own account."""
 
@@ -142,6 +150,14 @@ class Result(_Record):
     """Folder of the final adapter or model; empty where none was written."""
     detail: str = ""
     """Last lines of the traceback, where it failed."""
+    samples: tuple[int, ...] = ()
+    """Lines of a data file, from 1, whose samples it failed with."""
+    sample_file: str = ""
+    """The data file that they are lines of."""
+    excerpt: str = ""
+    """What such a sample looks like."""
+    fix: dict[str, FixValue] = Field(default_factory=dict)
+    """Parameters that would mend it, by path, where the run alone can know them."""
 
 
 # --- process.json
@@ -260,12 +276,41 @@ class CheckpointDeleted(_Record):
     step: int
 
 
+class BestCheckpoint(_Record):
+    """A checkpoint has a lower evaluation loss than all before."""
+
+    path: str
+    step: int
+    eval_loss: float
+
+
 class Evaluation(_Record):
     """The evaluation data was scored."""
 
     step: int
     epoch: float = 0.0
     values: dict[str, float]
+
+
+class ProbeReport(_Record):
+    """What a probe has measured; fields as in `finetuned.v1.ProbeReport`."""
+
+    peak_memory_bytes: int
+    memory_total_bytes: int
+    memory_available_bytes: int
+    tokens_per_second: float
+    seconds_per_step: float
+    start_seconds: float
+    evaluation_tokens_per_second: float = 0.0
+    seconds_per_evaluation: float = 0.0
+    seconds_per_checkpoint: float
+    checkpoint_bytes: int
+    disk_bytes: int
+    duration_seconds: float
+    run_steps: int
+    train_samples: int
+    train_tokens: int
+    longest_tokens: int
 
 
 class Notice(_Record):
@@ -283,7 +328,9 @@ Payload = (
     | LogLine
     | CheckpointSaved
     | CheckpointDeleted
+    | BestCheckpoint
     | Evaluation
+    | ProbeReport
     | Notice
 )
 
@@ -294,7 +341,9 @@ PAYLOADS: dict[str, type[BaseModel]] = {
     "log_line": LogLine,
     "checkpoint_saved": CheckpointSaved,
     "checkpoint_deleted": CheckpointDeleted,
+    "best_checkpoint": BestCheckpoint,
     "evaluation": Evaluation,
+    "probe_report": ProbeReport,
     "notice": Notice,
 }
 """What a runner may report, by the name of its field in `finetuned.v1.Event`."""

@@ -9,20 +9,28 @@ import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from finetuned.v1 import event_pb2
+from finetuned_daemon.devices import list_devices
 from finetuned_daemon.events import build
 from finetuned_daemon.events.log import EventLog
+from finetuned_daemon.explain import EVENTS_LOOKED_AT, Explainer
+from finetuned_daemon.measurements import Measurement, device_key, model_key
+from finetuned_daemon.planning.model_files import ModelUnreadable, base_folder
 from finetuned_daemon.runs.bundle import Bundle
 from finetuned_daemon.runs.contract import (
     CheckpointDeleted,
     CheckpointSaved,
     EndReason,
     LogLine,
+    Notice,
     Payload,
     PhaseChange,
+    ProbeReport,
     ProcessIdentity,
     Progress,
     Result,
@@ -32,8 +40,9 @@ from finetuned_daemon.runs.contract import (
 from finetuned_daemon.runs.process import Exit
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.ledger import Ledger
+from finetuned_daemon.store.measurement_rows import MeasurementRows
 from finetuned_daemon.store.records import Records
-from finetuned_daemon.tasks import ENDS, Run, Task, TaskState, check_transition, now_us
+from finetuned_daemon.tasks import ENDS, Run, Standing, Task, TaskState, check_transition, now_us
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +50,15 @@ _log = logging.getLogger(__name__)
 class Keeper:
     """Run records, task records and events, changed together or not at all."""
 
-    def __init__(self, database: Database, records: Records, events: EventLog) -> None:
+    def __init__(
+        self, database: Database, records: Records, events: EventLog, explainer: Explainer
+    ) -> None:
         self._database = database
         self._records = records
         self._events = events
+        self._explainer = explainer
         self._ledger = Ledger(database)
+        self._measurements = MeasurementRows(database)
 
     def task_of(self, run: Run) -> Task:
         """The task of a run; there is always one."""
@@ -55,36 +68,38 @@ class Keeper:
         return task
 
     def enqueue(
-        self, task: Task, run: Run, also: Callable[[sqlite3.Connection, Task], None] | None = None
+        self,
+        task: Task,
+        run: Run,
+        also: Callable[[sqlite3.Connection, Task], None] | None = None,
+        notices: Sequence[Notice] = (),
     ) -> tuple[Task, Run]:
         """Puts a new run of a task into the queue; `also` writes more in the same transaction.
+
+        Its log begins with the notices.
 
         A task that is not in the database yet is created with it.
         """
         check_transition(task.state, TaskState.QUEUED)
+        before = Standing.of(task) if run.is_probe else None
         now = now_us()
         with self._database.transaction(durable=True) as connection:
             if not task.key:
                 task = self._records.insert_task(connection, task)
             run = replace(run, task_key=task.key, create_time=now)
             run = self._records.insert_run(connection, run)
-            event = build.state_change(now, run.number, task.state, TaskState.QUEUED)
+            events = [build.state_change(now, run.number, task.state, TaskState.QUEUED)]
+            events += [build.reported(now, run.number, notice) for notice in notices]
+            queued = _queued(run)
             task = replace(
                 task,
-                state=TaskState.QUEUED,
-                phase=None,
-                end_reason=None,
-                end_message="",
-                run=run.number,
-                progress=Progress(),
-                last_checkpoint="",
-                start_time=0,
-                end_time=0,
+                **queued,
+                before_probe=before,
                 update_time=now,
                 revision=task.revision + 1,
             )
             self._records.save_task(connection, task)
-            task = replace(task, last_seq=self._events.append(connection, task.key, [event]))
+            task = replace(task, last_seq=self._events.append(connection, task.key, events))
             if also is not None:
                 also(connection, task)
         return task, run
@@ -142,9 +157,10 @@ class Keeper:
         if new.end == run.ingested_bytes:
             return run, False
         events = list[event_pb2.Event]()
-        changes = dict[str, object]()
+        changes = dict[str, Any]()
         durable = False
         saved = list[CheckpointSaved]()
+        measured = None
         seq = run.ingested_seq
         if new.garbled:
             events.append(self._remark(run, f"{new.garbled} unreadable lines in its event file"))
@@ -164,6 +180,8 @@ class Keeper:
                 continue  # said already, when the process was about to start
             if isinstance(payload, CheckpointSaved):
                 saved.append(payload)
+            if isinstance(payload, ProbeReport):
+                measured = self._measurement(run, payload)
             durable |= isinstance(payload, PhaseChange | CheckpointSaved | CheckpointDeleted)
             events.append(build.reported(int(line.time * 1e6), run.number, payload))
             changes |= _changes(payload, run)
@@ -174,24 +192,34 @@ class Keeper:
             saved_checkpoints=run.saved_checkpoints + len(saved),
         )
         of_run = {k: v for k, v in changes.items() if k in ("progress", "last_checkpoint")}
-        run = replace(run, **of_run)  # type: ignore[arg-type]
-        self._change(run, events, durable=durable, saved=saved, **changes)
+        run = replace(run, **of_run)
+        self._change(run, events, durable=durable, saved=saved, measured=measured, **changes)
         return run, new.more
 
     def ended(self, run: Run, outcome: Result, exit_: Exit) -> Run:
-        """Records the end of a run."""
+        """Records the end of a run, and queues its retry where the policy starts one.
+
+        One transaction for both: a crash between them would forget the retry. After a probe that
+        has not failed the task is what it was before.
+        """
         now = now_us()
         end = ENDS[outcome.end_reason]
-        check_transition(run.state, end.state)
-        event = build.state_change(
+        task = self.task_of(run)
+        before = task.before_probe if end.state is not TaskState.FAILED else None
+        state = before.state if before else end.state
+        check_transition(run.state, state)
+        explanation = self._explainer.explain(
+            run, task, outcome, exit_, lambda: self._last_events(task, run)
+        )
+        result = build.result(
             now,
             run.number,
-            run.state,
-            end.state,
-            end_reason=outcome.end_reason,
-            message=outcome.message,
+            outcome,
+            exit_code=exit_.code,
+            signal=exit_.signal,
+            explanation=explanation,
         )
-        result = build.result(now, run.number, outcome, exit_code=exit_.code, signal=exit_.signal)
+        old_state = run.state
         run = replace(
             run,
             state=end.state,
@@ -201,16 +229,56 @@ class Keeper:
             exit_code=exit_.code,
             signal=exit_.signal,
         )
-        self._change(
-            run,
-            [result, event],
-            state=end.state,
-            phase=None,
+        retry = explanation.retry
+        if retry is not None:
+            retry = replace(retry, create_time=now)
+            change = build.state_change(now, retry.number, old_state, TaskState.QUEUED)
+            events = [result, change]
+            if explanation.notice is not None:
+                events.insert(1, build.reported(now, retry.number, explanation.notice))
+            self._change(run, events, new_run=retry, **_queued(retry))
+            return run
+        event = build.state_change(
+            now,
+            run.number,
+            old_state,
+            state,
             end_reason=outcome.end_reason,
-            end_message=outcome.message,
-            end_time=now,
+            message=outcome.message,
         )
+        shown: dict[str, Any] = {
+            "state": state,
+            "end_reason": outcome.end_reason,
+            "end_message": outcome.message,
+            "end_time": now,
+        }
+        if before is not None:
+            shown = before.shown()
+        self._change(run, [result, event], **shown, phase=None, before_probe=None)
         return run
+
+    def _measurement(self, run: Run, report: ProbeReport) -> Measurement | None:
+        """What a probe's report is to later estimates; None where it can't be told what of."""
+        path = Path(run.parameters.data.model_path or "")
+        devices = [device for device in list_devices() if device.id == run.device]
+        try:
+            model = model_key(base_folder(path))
+        except (OSError, ModelUnreadable):
+            return None
+        if not devices:  # it has gone meanwhile
+            return None
+        return Measurement(
+            time=now_us(),
+            model=model,
+            device=device_key(devices[0]),
+            training_type=self.task_of(run).training_type,
+            parameters=run.parameters,
+            report=report,
+        )
+
+    def _last_events(self, task: Task, run: Run) -> list[event_pb2.Event]:
+        after = max(0, task.last_seq - EVENTS_LOOKED_AT)
+        return self._events.read(task.key, after, EVENTS_LOOKED_AT, run.number)
 
     def dequeued(self, run: Run, stop: StopWish) -> Run:
         """Ends a run that never began."""
@@ -232,13 +300,18 @@ class Keeper:
         self,
         run: Run,
         events: list[event_pb2.Event],
+        /,
         *,
         durable: bool = True,
         saved: Sequence[CheckpointSaved] = (),
+        measured: Measurement | None = None,
+        new_run: Run | None = None,
         **changes: object,
     ) -> None:
         with self._database.transaction(durable=durable) as connection:
             self._records.save_run(connection, run)
+            if new_run is not None:
+                self._records.insert_run(connection, new_run)
             task = self.task_of(run)
             for checkpoint in saved:
                 self._ledger.enter(
@@ -249,6 +322,8 @@ class Keeper:
                     step=checkpoint.step,
                     path=checkpoint.path,
                 )
+            if measured is not None:
+                self._measurements.add(connection, measured)
             if changes.keys() - {"progress"}:
                 changes = {"update_time": now_us(), "revision": task.revision + 1, **changes}
             self._records.save_task(connection, replace(task, **changes))  # type: ignore[arg-type]
@@ -256,7 +331,22 @@ class Keeper:
                 self._events.append(connection, task.key, events)
 
 
-def _changes(payload: Payload, run: Run) -> dict[str, object]:
+def _queued(run: Run) -> dict[str, Any]:
+    """What becomes of a task when a run of it is queued."""
+    return {
+        "state": TaskState.QUEUED,
+        "phase": None,
+        "end_reason": None,
+        "end_message": "",
+        "run": run.number,
+        "progress": Progress(),
+        "last_checkpoint": "",
+        "start_time": 0,
+        "end_time": 0,
+    }
+
+
+def _changes(payload: Payload, run: Run) -> dict[str, Any]:
     """What an event changes in its task."""
     if isinstance(payload, Progress):
         return {"progress": payload}

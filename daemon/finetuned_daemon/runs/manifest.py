@@ -6,6 +6,9 @@ daemon before it starts one, and when it deletes what a run left. Nothing here m
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 MANIFEST = "manifest.json"
@@ -17,7 +20,7 @@ STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.
 OUTPUTS = "outputs.jsonl"
 """File of the run folder: one `WrittenFolder` a line, durable before the folder has its name."""
 
-OUTPUT_NAMES = r"checkpoint-\d+|final|merged"
+OUTPUT_NAMES = r"checkpoint-\d+|final|merged|tensorboard|wandb|mlflow|swanlab"
 """Names of the folders that a run makes in its output folder."""
 
 
@@ -32,18 +35,55 @@ class FileEntry(_Record):
     sha256: str
 
 
+class DataFile(_Record):
+    """A data file as the run found it: enough to tell whether it was changed since."""
+
+    path: str
+    size: int
+    changed: int
+    """When it was last changed, in ns."""
+
+    @classmethod
+    def of(cls, path: str) -> DataFile | None:
+        """The file as it is now; None where there is none."""
+        try:
+            status = Path(path).stat()
+        except OSError:
+            return None
+        return cls(path=path, size=status.st_size, changed=status.st_mtime_ns)
+
+
 class Manifest(_Record):
-    """What a checkpoint holds, and what of the run's state transformers doesn't keep."""
+    """What a checkpoint holds, and what of the run's state transformers doesn't keep.
+
+    Fields with a default are absent in checkpoints of earlier versions.
+    """
 
     format_version: int = MANIFEST_VERSION
     step: int
+    total_steps: int = 0
+    """Optimizer steps of the whole training, as its run was made; 0: not known."""
+    epoch: float = 0.0
+    """Passes over the training data done, with fraction."""
     num_tokens: int = 0
     """Tokens trained on so far, without padding."""
     best_eval_loss: float | None = None
     """For early stopping: the loss to improve on."""
     evaluations_without_gain: int = 0
     optimizer: str = ""
-    """As the parameter `training.optimizer` has it; empty in checkpoints of earlier versions."""
+    """As the parameter `training.optimizer` has it; empty: not known."""
+    eval_loss: float | None = None
+    """Evaluation loss at its very step; None where no evaluation took place there."""
+    best_checkpoint: str = ""
+    """Folder of the checkpoint with the lowest evaluation loss up to this one, which it may be."""
+    best_checkpoint_loss: float | None = None
+    """Its evaluation loss."""
+    parameters: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """The parameters of its run, by section and name; empty: not known."""
+    data_files: dict[str, DataFile] = Field(default_factory=dict)
+    """The data files of its run, by the parameter that names them."""
+    num_samples: int = 0
+    """Samples trained on in an epoch; 0: not known."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
     """By path relative to the checkpoint, with forward slashes."""
 

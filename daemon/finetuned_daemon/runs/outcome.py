@@ -11,6 +11,8 @@ from finetuned_daemon.runs.contract import EndReason, Result, StopWish
 from finetuned_daemon.runs.process import Exit
 from finetuned_daemon.tasks import ENDS
 
+_OOM_KILLED = "The system ran out of memory and killed the runner (SIGKILL)."
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -36,7 +38,7 @@ def decide(evidence: Evidence) -> Result:
     """
     if evidence.result is not None:
         result = evidence.result
-        message = result.message or ENDS[result.end_reason].sentence
+        message = result.message or ENDS[result.end_reason].sentence.en
         return result.model_copy(update={"message": message})
     reason, message = _without_result(evidence)
     return Result(
@@ -52,10 +54,7 @@ def _without_result(evidence: Evidence) -> tuple[EndReason, str]:
     if evidence.stop is not None and evidence.was_forced:
         return EndReason.STOPPED_BY_USER, "Stopped by force: it did not end in the time it had."
     if exit_.signal == "SIGKILL":
-        return (
-            EndReason.RUNNER_KILLED,
-            "SIGKILL ended the runner: somebody killed it, or the system was out of memory.",
-        )
+        return _killed(exit_)
     if exit_.signal:
         return EndReason.RUNNER_KILLED, f"{exit_.signal} ended the runner."
     if exit_.code is not None:
@@ -64,12 +63,30 @@ def _without_result(evidence: Evidence) -> tuple[EndReason, str]:
             f"The runner ended with exit status {exit_.code} and left no result; see its log.",
         )
     if evidence.was_watched:
+        if exit_.oom_kills:
+            return EndReason.HOST_OUT_OF_MEMORY, _OOM_KILLED
         return (
             EndReason.RUNNER_KILLED,
             "The runner ended without a result. An earlier daemon had started it, so its exit "
             "status can't be known.",
         )
-    return EndReason.INTERRUPTED, ENDS[EndReason.INTERRUPTED].sentence
+    return EndReason.INTERRUPTED, ENDS[EndReason.INTERRUPTED].sentence.en
+
+
+def _killed(exit_: Exit) -> tuple[EndReason, str]:
+    if exit_.oom_kills:
+        return EndReason.HOST_OUT_OF_MEMORY, _OOM_KILLED
+    if exit_.oom_kills == 0:
+        # Services such as systemd-oomd kill before the kernel has to, and are not counted.
+        return (
+            EndReason.RUNNER_KILLED,
+            "SIGKILL ended the runner: somebody killed it, or a service that watches over memory; "
+            "the kernel's own out-of-memory killer did not.",
+        )
+    return (
+        EndReason.RUNNER_KILLED,
+        "SIGKILL ended the runner: somebody killed it, or the system was out of memory.",
+    )
 
 
 def _what_remains(evidence: Evidence) -> str:

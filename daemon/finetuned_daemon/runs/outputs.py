@@ -34,14 +34,19 @@ class Deleted:
     """Output folders that are still there."""
 
 
-def delete_outputs(runs: Iterable[tuple[Path, Path]], *, only_look: bool = False) -> Deleted:
+def delete_outputs(
+    runs: Iterable[tuple[Path, Path]], *, only_look: bool = False, only: str = ""
+) -> Deleted:
     """Deletes the recorded files of runs, given as (run folder, output folder).
 
-    With `only_look` nothing is deleted, and what is there is told.
+    With `only_look` nothing is deleted, and what is there is told. With `only` it is the folder of
+    this name alone, such as `checkpoint-100`.
     """
     result = Deleted()
     for run_dir, output_dir in runs:
-        records = [] if only_look else _read_records(run_dir)
+        records = [] if only_look else read_records(run_dir)
+        if only:
+            records = [record for record in records if record.name == only]
         if records:
             _delete_run(output_dir, records, result)
         if os.path.lexists(output_dir):
@@ -49,7 +54,8 @@ def delete_outputs(runs: Iterable[tuple[Path, Path]], *, only_look: bool = False
     return result
 
 
-def _read_records(run_dir: Path) -> list[WrittenFolder]:
+def read_records(run_dir: Path) -> list[WrittenFolder]:
+    """What a run recorded writing, oldest first; a folder that was written again comes again."""
     try:
         lines = (run_dir / OUTPUTS).read_bytes().splitlines()
     except FileNotFoundError:

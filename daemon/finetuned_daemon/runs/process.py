@@ -8,10 +8,11 @@ import os
 import signal
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetuned_daemon.runs.contract import ProcessIdentity
+from finetuned_daemon.runs.oom import oom_kills
 
 _POLL_SECONDS = 0.25
 
@@ -24,6 +25,11 @@ class Exit:
     """Exit status; None: a signal ended it, or nobody can know."""
     signal: str = ""
     """Name such as `SIGKILL`; empty: none did, or nobody can know."""
+    oom_kills: int | None = None
+    """Processes that the kernel killed for want of memory while it was watched.
+
+    None: nobody can know.
+    """
 
 
 class RunnerProcess:
@@ -33,6 +39,7 @@ class RunnerProcess:
         self.identity = identity
         self.gone = asyncio.Event()
         self.exit = Exit()
+        self._oom_kills = oom_kills()
         self._child = child
         self._pidfd = -1
         self._poller: asyncio.Task[None] | None = None
@@ -140,6 +147,9 @@ class RunnerProcess:
                     os.killpg(self.identity.pid, signal.SIGKILL)
             status = self._child.wait()
             self.exit = Exit(code=status) if status >= 0 else Exit(signal=_signal_name(-status))
+        before, after = self._oom_kills, oom_kills()
+        if before is not None and after is not None:
+            self.exit = replace(self.exit, oom_kills=after - before)
         self.close()
         self.gone.set()
 

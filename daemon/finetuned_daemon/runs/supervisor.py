@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from finetuned_daemon.tasks import Run
 _log = logging.getLogger(__name__)
 
 _DISK_FULL_RETRY_SECONDS = 2.0
+_PROBE_PREFIX = ".finetuned-probe-"
 
 
 @dataclass
@@ -90,6 +92,9 @@ class Supervisor:
         identity = run.identity
         if identity is None:
             # The last daemon ended between its intent and the record of the process.
+            spec = bundle.read_spec()
+            if spec is not None:  # its folder is made already
+                run = replace(run, output_dir=spec.output_dir)
             claimed = bundle.read_process()
             identity = claimed.identity if claimed else _find_runner(run.run_dir)
             if identity is None:
@@ -127,7 +132,7 @@ class Supervisor:
     def share_quota(self) -> None:
         """Tells each live run what it may save, where that has changed with the other runs."""
         for live in self._live.values():
-            quota = self._quota.of(live.run)
+            quota = None if live.run.is_probe else self._quota.of(live.run)
             if quota is not None and quota != live.checkpoint_quota and live.run.stop is None:
                 live.checkpoint_quota = quota
                 self._write_control(live)
@@ -146,9 +151,10 @@ class Supervisor:
     def _spawn(self, run: Run) -> None:
         bundle = Bundle(Path(run.run_dir))
         try:
-            if not run.output_dir:
-                run = replace(run, output_dir=str(_claim_output_dir(run)))
             task = self._keeper.task_of(run)
+            if not run.output_dir:
+                claim = _claim_probe_dir if run.is_probe else _claim_output_dir
+                run = replace(run, output_dir=str(claim(run)))
             spec = Spec(
                 task=task.name,
                 run=run.number,
@@ -156,7 +162,9 @@ class Supervisor:
                 device=run.device,
                 num_threads=_num_threads(),
                 output_dir=run.output_dir,
-                checkpoint_quota=self._quota.of(run),
+                checkpoint_quota=None if run.is_probe else self._quota.of(run),
+                cache_dir=str(self._config.cache_dir / "tokens"),
+                probe=run.is_probe,
                 parameters=run.parameters,
             )
             bundle.create(spec)
@@ -239,6 +247,9 @@ class Supervisor:
         await self._end(run, outcome, live.process.exit)
 
     async def _end(self, run: Run, outcome: Result, exit_: Exit) -> None:
+        if run.is_probe and run.output_dir:
+            await asyncio.to_thread(_remove_probe_dir, Path(run.output_dir))
+            run = replace(run, output_dir="")
         while True:
             try:
                 self._keeper.ended(run, outcome, exit_)
@@ -309,6 +320,25 @@ def _claim_output_dir(run: Run) -> Path:
         else:
             sync_dir(parent)
             return folder
+
+
+def _claim_probe_dir(run: Run) -> Path:
+    """Makes the folder of a probe on the disk that a run writes to, and nothing else there."""
+    parent = Path(run.parameters.data.output_dir or "").absolute()
+    while not parent.is_dir():
+        parent = parent.parent
+    return Path(tempfile.mkdtemp(prefix=_PROBE_PREFIX, dir=parent))
+
+
+def _remove_probe_dir(folder: Path) -> None:
+    """Removes the folder of a probe, with what a killed runner has left in it."""
+    try:
+        if folder.name.startswith(_PROBE_PREFIX):
+            shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _log.warning("what a probe has left in %s stays: %s", folder, error)
 
 
 def _remove_leftovers(output_dir: Path) -> None:

@@ -8,28 +8,42 @@ from finetuned.v1 import (
     parameter_service_pb2,
     system_service_pb2,
     task_pb2,
+    task_service_pb2,
     template_service_pb2,
 )
+from finetuned_daemon.checkpoints import Checkpoint
 from finetuned_daemon.devices import Device
 from finetuned_daemon.environment.model import CheckStatus, Report
-from finetuned_daemon.errors import Violation
+from finetuned_daemon.errors import InvalidRequest, Violation
 from finetuned_daemon.events.build import (
     end_reason_value,
     phase_value,
     state_value,
     timestamp,
 )
+from finetuned_daemon.export import ConfigFormat
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.parameters.schema import json_value
 from finetuned_daemon.planner import Estimate
+from finetuned_daemon.planning.calibration import Calibration
 from finetuned_daemon.runs.contract import Progress, TrainingType
+from finetuned_daemon.task_requests import ResumeChoice
 from finetuned_daemon.tasks import Run, Task, TaskState
 from finetuned_daemon.templates import Template
-from finetuned_daemon.texts import Language
+from finetuned_daemon.texts import Language, Text
+from finetuned_daemon.validation.resume import ResumePlan
 
 # Looked up rather than named: a client may send any number.
 _TRAINING_TYPES: dict[int, TrainingType] = {
     task_pb2.TrainingType.Value(f"TRAINING_TYPE_{kind.value}"): kind for kind in TrainingType
+}
+_RESUME_CHOICES: dict[int, ResumeChoice] = {
+    task_pb2.ResumeChoice.Value(f"RESUME_CHOICE_{kind.value}"): kind for kind in ResumeChoice
+}
+_CONFIG_FORMATS: dict[int, ConfigFormat] = {
+    task_service_pb2.CONFIG_FORMAT_UNSPECIFIED: ConfigFormat.YAML,
+    task_service_pb2.CONFIG_FORMAT_YAML: ConfigFormat.YAML,
+    task_service_pb2.CONFIG_FORMAT_SCRIPT: ConfigFormat.SCRIPT,
 }
 _STATES: dict[int, TaskState] = {int(state_value(kind)): kind for kind in TaskState}
 
@@ -57,6 +71,7 @@ def task(record: Task, queue_position: int) -> task_pb2.Task:
         queue_position=queue_position,
         etag=record.etag,
         template=record.template,
+        probing=record.before_probe is not None,
     )
 
 
@@ -107,7 +122,51 @@ def run(record: Run, parent: Task) -> task_pb2.Run:
         last_checkpoint=record.last_checkpoint,
         run_dir=record.run_dir,
         output_dir=record.output_dir,
+        retry=record.retry,
+        probe=record.is_probe,
     )
+
+
+def checkpoint(record: Checkpoint, parent: Task, speaking: Language) -> task_pb2.Checkpoint:
+    """A checkpoint as clients see it, in one language."""
+    return task_pb2.Checkpoint(
+        name=f"{parent.name}/runs/{record.run}/checkpoints/{record.step}",
+        path=record.path,
+        run=record.run,
+        step=record.step,
+        epoch=record.manifest.epoch if record.manifest else 0.0,
+        size_bytes=record.size_bytes,
+        create_time=timestamp(record.create_time) if record.create_time else None,
+        eval_loss=record.eval_loss,
+        is_best=record.is_best,
+        is_newest=record.is_newest,
+        is_whole=record.problem is None,
+        problem=record.problem.within(speaking) if record.problem else "",
+    )
+
+
+def resume_choice(value: int) -> ResumeChoice | None:
+    """The choice of a checkpoint; None for unspecified.
+
+    Raises:
+        InvalidRequest: It is none that this version knows.
+    """
+    if value and value not in _RESUME_CHOICES:
+        text = Text(f"{value} is no choice", f"没有选项 {value}")
+        raise InvalidRequest([Violation("resume", text, "NOT_A_CHOICE")])
+    return _RESUME_CHOICES.get(value)
+
+
+def config_format(value: int) -> ConfigFormat:
+    """The format to export.
+
+    Raises:
+        InvalidRequest: It is none that this version knows.
+    """
+    if value not in _CONFIG_FORMATS:
+        text = Text(f"{value} is no format", f"没有格式 {value}")
+        raise InvalidRequest([Violation("format", text, "NOT_A_CHOICE")])
+    return _CONFIG_FORMATS[value]
 
 
 def progress(record: Progress) -> task_pb2.Progress:
@@ -213,4 +272,37 @@ def estimate(record: Estimate, speaking: Language) -> parameter_service_pb2.Esti
         duration=duration,
         device=record.device.id,
         violations=[violation(v, speaking) for v in record.violations],
+        resume_plan=resume_plan(record.resume, speaking) if record.resume else None,
+        calibration=calibration(plan.calibration) if plan.calibration else None,
+    )
+
+
+def calibration(record: Calibration) -> parameter_service_pb2.Calibration:
+    """The probe that has corrected an estimate."""
+    return parameter_service_pb2.Calibration(
+        measured=record.measured,
+        probe_time=timestamp(record.probe_time),
+        planned_peak_memory_bytes=record.planned_peak_memory_bytes,
+    )
+
+
+def resume_plan(record: ResumePlan, speaking: Language) -> parameter_service_pb2.ResumePlan:
+    """What a resume will be, in one language."""
+    return parameter_service_pb2.ResumePlan(
+        checkpoint=record.checkpoint,
+        step=record.step,
+        total_steps=record.total_steps,
+        epoch=record.epoch,
+        num_tokens=record.num_tokens,
+        knows_parameters=record.knows_parameters,
+        items=[
+            parameter_service_pb2.ResumeItem(
+                field=item.field,
+                effect=parameter_service_pb2.ResumeEffect.Value(f"RESUME_EFFECT_{item.effect}"),
+                then=None if item.then is None else json_value(item.then),
+                now=None if item.now is None else json_value(item.now),
+                message=item.message.within(speaking),
+            )
+            for item in record.items
+        ],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpc import aio
@@ -17,6 +17,7 @@ from finetuned_daemon.requests import Given, merged, training_type_missing
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.services import convert
 from finetuned_daemon.services.edge import language
+from finetuned_daemon.task_requests import ResumeChoice, StartOptions
 from finetuned_daemon.tasks import Task
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.texts import Text
@@ -79,6 +80,9 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
         self, request: parameter_service_pb2.EstimateTaskRequest, context: _Context
     ) -> parameter_service_pb2.EstimateTaskResponse:
         asked = self._asked(request)
+        choice = convert.resume_choice(request.resume)
+        if choice:
+            asked = await self._resuming(asked, choice, protos.to_dict(request.parameters))
         judgement = await self._judge.judge(
             asked.given, asked.training_type, asked.device, complete=True, task=asked.task
         )
@@ -86,6 +90,15 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
             raise InvalidRequest(judgement.errors)
         estimate = await self._planner.estimate(judgement, asked.training_type)
         return convert.estimate(estimate, language(context))
+
+    async def _resuming(self, asked: _Asked, choice: ResumeChoice, given: Given) -> _Asked:
+        """What is asked about a run of the task that goes on from one of its checkpoints."""
+        if asked.task is None:
+            text = Text("is required with resume", "使用 resume 时必填")
+            raise InvalidRequest([Violation("task", text, "REQUIRED")])
+        options = StartOptions(resume=choice)
+        resumed = await self._manager.checkpoints.resume(asked.task, options)
+        return replace(asked, given=merged(resumed.parameters, given))
 
     def _asked(
         self,

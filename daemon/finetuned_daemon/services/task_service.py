@@ -9,12 +9,15 @@ from typing import Any
 from grpc import aio
 
 from finetuned.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
-from finetuned_daemon.errors import InvalidRequest, Stopping, Violation
+from finetuned_daemon.checkpoints import Checkpoint
+from finetuned_daemon.errors import InvalidRequest, NotFound, Stopping, Violation
 from finetuned_daemon.events.build import timestamp
 from finetuned_daemon.events.log import PAGE
-from finetuned_daemon.manager import Edit, Manager, NewTask
+from finetuned_daemon.export import Settings, export
+from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.services import convert
+from finetuned_daemon.services.edge import language
 from finetuned_daemon.services.paging import (
     check_page_size,
     negative,
@@ -22,6 +25,7 @@ from finetuned_daemon.services.paging import (
     page_token,
 )
 from finetuned_daemon.services.repeats import request_id
+from finetuned_daemon.task_requests import Edit, NewTask, StartOptions
 from finetuned_daemon.tasks import Task, TaskState, now_us
 from finetuned_daemon.texts import Text
 
@@ -134,6 +138,11 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             request.name,
             etag=request.etag,
             request=request_id(request, self._started),
+            options=StartOptions(
+                resume=convert.resume_choice(request.resume),
+                resume_path=request.resume_path,
+                probe=request.probe,
+            ),
         )
         if isinstance(answer, bytes):
             return task_service_pb2.StartTaskResponse.FromString(answer)
@@ -190,6 +199,32 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             next_page_token=str(runs[size - 1].number) if len(runs) > size else "",
         )
 
+    async def ListCheckpoints(  # noqa: N802, D102
+        self, request: task_service_pb2.ListCheckpointsRequest, context: _Context
+    ) -> task_service_pb2.ListCheckpointsResponse:
+        violations = check_page_size(request.page_size)
+        before = page_token(request.page_token, violations)
+        if violations:
+            raise InvalidRequest(violations)
+        task = self._manager.get(request.parent)
+        found = await self._manager.checkpoints.of_task(task, verify=request.verify)
+        found = [c for c in found if not before or _place(c) < before]
+        size = request.page_size or 100
+        return task_service_pb2.ListCheckpointsResponse(
+            checkpoints=[convert.checkpoint(c, task, language(context)) for c in found[:size]],
+            next_page_token=str(_place(found[size - 1])) if len(found) > size else "",
+        )
+
+    async def DeleteCheckpoint(  # noqa: N802, D102
+        self, request: task_service_pb2.DeleteCheckpointRequest, context: _Context
+    ) -> task_service_pb2.DeleteCheckpointResponse:
+        deleted = await self._manager.checkpoints.delete(request.name)
+        return task_service_pb2.DeleteCheckpointResponse(
+            deleted_files=deleted.files,
+            deleted_bytes=deleted.bytes,
+            folder_left=bool(deleted.left),
+        )
+
     async def ListEvents(  # noqa: N802, D102
         self, request: task_service_pb2.ListEventsRequest, context: _Context
     ) -> task_service_pb2.ListEventsResponse:
@@ -208,6 +243,23 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             log_epoch=events.epoch,
         )
 
+    async def ExportTaskConfig(  # noqa: N802, D102
+        self, request: task_service_pb2.ExportTaskConfigRequest, context: _Context
+    ) -> task_service_pb2.ExportTaskConfigResponse:
+        number = not_negative("run", request.run)
+        task = self._manager.get(request.name)
+        run = self._manager.records.run(task.key, number) if number else None
+        if number and run is None:
+            raise NotFound("run", f"{task.name}/runs/{number}")
+        source = run or task
+        file = export(
+            Settings(
+                task.display_name, number, task.training_type, source.parameters, source.device
+            ),
+            convert.config_format(request.format),
+        )
+        return task_service_pb2.ExportTaskConfigResponse(file_name=file.name, content=file.content)
+
     def _encode(self, task: Task) -> task_pb2.Task:
         return convert.task(task, self._manager.queue_position(task))
 
@@ -216,3 +268,8 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
 
     def _started(self, task: Task) -> task_service_pb2.StartTaskResponse:
         return task_service_pb2.StartTaskResponse(task=self._encode(task))
+
+
+def _place(checkpoint: Checkpoint) -> int:
+    """Place of a checkpoint in the list of its task: by run, then by step."""
+    return (checkpoint.run << 40) + checkpoint.step

@@ -17,7 +17,7 @@ from finetuned_daemon.runs.contract import (
     TrainingType,
 )
 from finetuned_daemon.store.database import Database
-from finetuned_daemon.tasks import Run, Task, TaskState
+from finetuned_daemon.tasks import Run, Standing, Task, TaskState
 
 
 class Records:
@@ -133,7 +133,8 @@ class Records:
         """The latest completed runs of a device that measured a speed, newest first."""
         rows = self._database.query(
             "SELECT runs.* FROM runs JOIN tasks ON tasks.key = task_key "
-            "WHERE runs.state = 'COMPLETED' AND runs.device = ? AND tasks.training_type = ? "
+            "WHERE runs.state = 'COMPLETED' AND NOT runs.is_probe "
+            "AND runs.device = ? AND tasks.training_type = ? "
             "AND json_extract(runs.parameters, '$.data.model_path') = ? "
             "AND json_extract(runs.progress, '$.tokens_per_second') > 0 "
             "ORDER BY runs.key DESC LIMIT 20",
@@ -218,6 +219,7 @@ def _task_columns(task: Task) -> dict[str, object]:
         "end_time": task.end_time,
         "last_seq": task.last_seq,
         "revision": task.revision,
+        "before_probe": task.before_probe.model_dump_json() if task.before_probe else None,
     }
 
 
@@ -243,6 +245,9 @@ def _task(row: sqlite3.Row) -> Task:
         end_time=row["end_time"],
         last_seq=row["last_seq"],
         revision=row["revision"],
+        before_probe=Standing.model_validate_json(row["before_probe"])
+        if row["before_probe"]
+        else None,
     )
 
 
@@ -269,6 +274,8 @@ def _run_columns(run: Run) -> dict[str, object]:
         "stop_time": run.stop_time,
         "planned_checkpoints": run.planned_checkpoints,
         "saved_checkpoints": run.saved_checkpoints,
+        "retry": run.retry,
+        "is_probe": run.is_probe,
         "ingested_bytes": run.ingested_bytes,
         "ingested_seq": run.ingested_seq,
     }
@@ -299,6 +306,8 @@ def _run(row: sqlite3.Row) -> Run:
         stop_time=row["stop_time"],
         planned_checkpoints=row["planned_checkpoints"],
         saved_checkpoints=row["saved_checkpoints"],
+        retry=row["retry"],
+        is_probe=bool(row["is_probe"]),
         ingested_bytes=row["ingested_bytes"],
         ingested_seq=row["ingested_seq"],
     )

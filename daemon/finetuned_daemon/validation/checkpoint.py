@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,16 @@ from finetuned_daemon.planning.model_files import (
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.runs.manifest import MANIFEST, STATE_FILES, Manifest
 from finetuned_daemon.texts import Text
+from finetuned_daemon.validation.extensions import as_begun, check_resumed
 from finetuned_daemon.validation.paths import check_file, check_folder, read_json
 
 _FIELD = "data.resume_from_checkpoint"
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_MOST_WHOLE = 1000
+_whole = dict[Path, list[tuple[int, int, int]]]()
+"""Checkpoints whose hashes were right, with inode, size and time of each file."""
 
 
 def check_checkpoint(
@@ -44,31 +50,46 @@ def check_checkpoint(
         # It gives the weights; nothing else of it counts.
         yield from check_adapter(_FIELD, folder, p, model)
         return
-    lacking = _what_lacks(folder)
+    lacking = what_lacks(folder)
     if lacking:
-        yield Violation(
-            _FIELD,
-            Text(
-                f"{text} is no whole checkpoint: {lacking.en}",
-                f"{text} 不是完整的检查点：{lacking.zh}",
-            ),
-            "NOT_A_CHECKPOINT",
-        )
+        yield _not_whole(text, lacking)
         return
     is_sft = training_type is TrainingType.SFT
     yield from _check_shape(p, folder, model, trains_lora=trains_lora, is_sft=is_sft)
     yield from _check_progress(p, folder)
 
 
+def check_hashes(p: Parameters, training_type: TrainingType) -> list[Violation]:
+    """Compares the files of a checkpoint that is otherwise in order with their hashes.
+
+    Takes as long as reading them: for a start, not for a check.
+    """
+    folder = resumed_folder(p, training_type)
+    wrong = what_differs(folder) if folder else None
+    return [_not_whole(str(folder), wrong)] if wrong else []
+
+
+def resumed_folder(p: Parameters, training_type: TrainingType) -> Path | None:
+    """The checkpoint that a run goes on from; None where it begins anew."""
+    attaches = training_type is TrainingType.SFT and p.lora.use_lora and p.data.attach_lora
+    text = p.data.resume_from_checkpoint
+    return Path(text) if text and not attaches else None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint that was judged whole."""
+    return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+
+
 def check_adapter(
     field: str, folder: Path, p: Parameters, model: ModelFiles | None
 ) -> Iterator[Violation]:
     """A folder with LoRA weights to attach."""
-    if (folder / _ADAPTER_CONFIG).is_file() and (folder / _ADAPTER_WEIGHTS).is_file():
-        made = read_json(folder / _ADAPTER_CONFIG)
+    if (folder / ADAPTER_CONFIG).is_file() and (folder / _ADAPTER_WEIGHTS).is_file():
+        made = read_json(folder / ADAPTER_CONFIG)
         yield from _check_base(field, p, made if isinstance(made, dict) else {}, folder, model)
         return
-    names = f"{_ADAPTER_CONFIG}, {_ADAPTER_WEIGHTS}"
+    names = f"{ADAPTER_CONFIG}, {_ADAPTER_WEIGHTS}"
     yield Violation(
         field,
         Text(
@@ -165,7 +186,7 @@ def _check_target_names(
         yield Violation(field, sentence, "TARGET_MODULE_MISSING")
 
 
-def _what_lacks(folder: Path) -> Text | None:
+def what_lacks(folder: Path) -> Text | None:
     """What keeps a folder from being a whole checkpoint, by its manifest and the files' sizes."""
     values = read_json(folder / MANIFEST)
     if values is None:
@@ -185,10 +206,47 @@ def _what_lacks(folder: Path) -> Text | None:
         for name, entry in manifest.files.items()
         if (folder / name).stat().st_size != entry.size
     ]
-    if unlisted or other:
-        names = ", ".join(unlisted + other)
-        return Text(f"{names} is not what was written", f"{names} 与写入时不一致")
-    return None
+    return _not_as_written(unlisted + other)
+
+
+def what_differs(folder: Path) -> Text | None:
+    """Which files of a checkpoint that lacks nothing are not what was written, by their hashes.
+
+    Takes as long as reading them; a whole one is remembered while its files do not change.
+    """
+    files = Manifest.model_validate(read_json(folder / MANIFEST)).files
+    try:
+        statuses = [(folder / name).stat() for name in files]
+        seen = [(status.st_ino, status.st_size, status.st_mtime_ns) for status in statuses]
+        if _whole.get(folder) == seen:
+            return None
+        wrong = [name for name, entry in files.items() if _sha256(folder / name) != entry.sha256]
+    except OSError as error:  # a disk that fails, or a checkpoint that goes away
+        return Text(f"it can't be read: {error}", f"无法读取：{error}")
+    if not wrong:
+        if len(_whole) >= _MOST_WHOLE:
+            _whole.clear()
+        _whole[folder] = seen
+    return _not_as_written(wrong)
+
+
+def _not_whole(text: str, why: Text) -> Violation:
+    sentence = Text(
+        f"{text} is no whole checkpoint: {why.en}", f"{text} 不是完整的检查点：{why.zh}"
+    )
+    return Violation(_FIELD, sentence, "NOT_A_CHECKPOINT")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_as_written(names: list[str]) -> Text | None:
+    if not names:
+        return None
+    shown = ", ".join(names)
+    return Text(f"{shown} is not what was written", f"{shown} 与写入时不一致")
 
 
 def _check_shape(
@@ -216,13 +274,15 @@ def _check_shape(
         if model is not None:
             yield from _check_full_model(folder, model)
         return
-    made = read_json(folder / _ADAPTER_CONFIG)
+    made = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(made, dict):
-        sentence = Text(f"its {_ADAPTER_CONFIG} can't be read", f"无法读取其 {_ADAPTER_CONFIG}")
+        sentence = Text(f"its {ADAPTER_CONFIG} can't be read", f"无法读取其 {ADAPTER_CONFIG}")
         yield Violation(_FIELD, sentence, "NOT_A_CHECKPOINT")
         return
+    manifest = Manifest.model_validate(read_json(folder / MANIFEST))
     if not p.lora.peft_config_path:
-        yield from _check_lora(p, made)
+        yield from _check_lora(p, as_begun(made, manifest))
+    yield from check_resumed(_FIELD, p, made, manifest)
     yield from _check_base(_FIELD, p, made, folder, model)
 
 
@@ -259,7 +319,7 @@ def nothing_left(step: int, total_steps: int) -> Violation:
     )
 
 
-def _check_lora(p: Parameters, made: dict[str, Any]) -> Iterator[Violation]:
+def _check_lora(p: Parameters, made: Mapping[str, Any]) -> Iterator[Violation]:
     lora = p.lora
     targets = made.get("target_modules")
     pairs: list[tuple[str, Any, Any]] = [
@@ -302,7 +362,7 @@ def _check_base(
                 yield _of_other_model(field, str(made.get("base_model_name_or_path") or ""))
                 return
     there, here = made.get("base_model_name_or_path"), p.data.model_path
-    if here and (Path(here) / _ADAPTER_CONFIG).is_file():
+    if here and (Path(here) / ADAPTER_CONFIG).is_file():
         return  # the folder of the LoRA weights themselves
     if isinstance(there, str) and there and here and Path(there) != Path(here):
         sentence = Text(

@@ -70,6 +70,8 @@ class Judge:
         surroundings = Surroundings(
             device=chosen.id,
             capability=self._environment.capability(chosen),
+            has_bitsandbytes=self._environment.has_bitsandbytes(),
+            packages=self._environment.packages(),
             model_types=self._environment.model_types(),
             output_within=self._within_results(resolved.data.output_dir),
             output_owner=self._other_owner(resolved.data.output_dir, task),

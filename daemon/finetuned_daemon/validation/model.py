@@ -195,13 +195,13 @@ def _check_shapes(config: dict[str, Any], model: ModelFiles) -> Iterator[Violati
     quantized = config.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        if method != "bitsandbytes":
-            sentence = Text(
-                f"its weights are quantized ({_brief(method)}), which is for inference; get the "
-                "model in its original precision",
-                f"其权重已量化（{_brief(method)}），只能用于推理；请获取原始精度的模型",
-            )
-            yield Violation(_FIELD, sentence, "MODEL_IS_QUANTIZED")
+        sentence = Text(
+            f"its weights are quantized ({_brief(method)}), which is for inference; get the "
+            "model in its original precision (optimization.use_qlora loads it in 4 bits)",
+            f"其权重已量化（{_brief(method)}），只能用于推理；请获取原始精度的模型"
+            "（optimization.use_qlora 会以 4-bit 加载）",
+        )
+        yield Violation(_FIELD, sentence, "MODEL_IS_QUANTIZED")
 
 
 def _check_length(p: Parameters, model: ModelFiles) -> Iterator[Violation]:

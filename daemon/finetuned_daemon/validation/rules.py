@@ -10,6 +10,7 @@ from finetuned_daemon.errors import Severity, Violation
 from finetuned_daemon.parameters.models import Parameters, TrainingParameters
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.texts import Text
+from finetuned_daemon.validation.extensions import check_extensions, check_means
 from finetuned_daemon.validation.surroundings import Surroundings
 
 _8BIT = ("adamw_8bit", "paged_adamw_8bit")
@@ -22,6 +23,7 @@ def check_across(p: Parameters, training_type: TrainingType) -> Iterator[Violati
     yield from _check_evaluation(p)
     yield from _check_loop(p)
     yield from _check_lora(p, training_type)
+    yield from check_extensions(p, training_type)
 
 
 def _check_precision(p: Parameters) -> Iterator[Violation]:
@@ -261,8 +263,11 @@ def check_device(
     p: Parameters, training_type: TrainingType, surroundings: Surroundings
 ) -> Iterator[Violation]:
     """What the device can't do."""
+    yield from check_means(p, surroundings)
     can, device = surroundings.capability, surroundings.device
     optimization = p.optimization
+    if not surroundings.has_bitsandbytes:
+        yield from _check_bitsandbytes(p, training_type)
     if optimization.use_qlora and training_type is TrainingType.SFT and not can.four_bit:
         yield _lacks("optimization.use_qlora", "4-bit weights", "4-bit 权重", device, False)
     if optimization.use_8bit_optimizer and not can.eight_bit_optimizer:
@@ -293,6 +298,17 @@ def check_device(
             Severity.NOTICE,
             suggested=False,
         )
+    if p.training.optimizer == "paged_adamw_8bit" and device == CPU:
+        yield Violation(
+            "training.optimizer",
+            Text(
+                "without a GPU there is nothing to page: it runs as adamw_8bit",
+                "没有 GPU 时无需分页：将按 adamw_8bit 运行",
+            ),
+            "PAGED_OPTIMIZER_WITHOUT_GPU",
+            Severity.NOTICE,
+            suggested="adamw_8bit",
+        )
     if p.data.dataloader_pin_memory and device == CPU:
         yield Violation(
             "data.dataloader_pin_memory",
@@ -303,6 +319,26 @@ def check_device(
         )
 
 
+def _check_bitsandbytes(p: Parameters, training_type: TrainingType) -> Iterator[Violation]:
+    """Each field that needs the package where it is missing; a start is refused for it."""
+    fields = {
+        "optimization.use_qlora": p.optimization.use_qlora and training_type is TrainingType.SFT,
+        "optimization.use_8bit_optimizer": p.optimization.use_8bit_optimizer,
+        "training.optimizer": p.training.optimizer in _8BIT,
+    }
+    for field in (field for field, needs in fields.items() if needs):
+        yield Violation(
+            field,
+            Text(
+                "needs the package bitsandbytes, which the training environment lacks; it comes "
+                "with finetuned[qlora]",
+                "需要 bitsandbytes，而训练环境中没有安装；安装 finetuned[qlora] 即可",
+            ),
+            "BITSANDBYTES_MISSING",
+            Severity.WARNING,
+        )
+
+
 def _lacks(field: str, en: str, zh: str, device: str, suggested: bool | str) -> Violation:
     if device == CPU:
         text = Text(
@@ -310,9 +346,7 @@ def _lacks(field: str, en: str, zh: str, device: str, suggested: bool | str) -> 
         )
     else:
         text = Text(
-            f"{device} has no {en}: it takes an NVIDIA GPU of the Ampere generation or newer, and "
-            "for 4 and 8 bits the package bitsandbytes",
-            f"{device} 不支持 {zh}：需要 NVIDIA Ampere 或更新架构的 GPU，"
-            "4-bit 与 8-bit 还需要安装 bitsandbytes",
+            f"{device} has no {en}: it takes an NVIDIA GPU of the Ampere generation or newer",
+            f"{device} 不支持 {zh}：需要 NVIDIA Ampere 或更新架构的 GPU",
         )
     return Violation(field, text, "DEVICE_LACKS_IT", suggested=suggested)

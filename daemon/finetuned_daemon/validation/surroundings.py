@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetuned_daemon.devices import CPU
+from finetuned_daemon.environment.capability import CPU_CAPABILITY
 from finetuned_daemon.environment.model import Capability
-
-CPU_CAPABILITY = Capability(
-    bf16=True, fp16=False, tf32=False, four_bit=False, eight_bit_optimizer=False
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +17,10 @@ class Surroundings:
     """Id of the device that the run would use."""
     capability: Capability = CPU_CAPABILITY
     """What that device can do."""
+    has_bitsandbytes: bool = True
+    """Whether the training environment has it, which 4 and 8 bits need; not known: yes."""
+    packages: frozenset[str] | None = None
+    """Packages of the training environment, of those that are asked for; None: not asked yet."""
     model_types: frozenset[str] | None = None
     """`model_type`s that the training environment knows; None: it was not asked yet."""
     output_within: str = ""

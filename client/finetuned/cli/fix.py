@@ -1,0 +1,213 @@
+"""`finetunectl task fix`: put into a task what would mend its failed run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetuned.cli.settings import (
+    Exit,
+    JsonOption,
+    TaskArgument,
+    confirm,
+    say,
+    settings,
+    task_command,
+    task_word,
+)
+
+if TYPE_CHECKING:
+    from finetuned._client import Client
+    from finetuned.v1.event_pb2 import Result
+    from finetuned.v1.task_pb2 import Task
+
+_LAST_EVENTS = 50
+"""Among which the end of the latest run is looked for, before all of its events are."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    field: str
+    old: Any
+    """None: it has no value."""
+    new: Any
+    """None: it loses its value."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    changes: list[_Change]
+    why: str
+    """Why they would mend it; without changes, what to do by hand."""
+    is_known: bool
+    """Whether a fix is known, be it in the task already."""
+
+
+def fix(
+    ctx: typer.Context,
+    name: TaskArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    start: Annotated[bool, typer.Option("--start", help="Start it then.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Start it, and watch it to its end.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Mend a task whose run failed: show what to change and why, ask, and change it.
+
+    The new run goes on from the newest whole checkpoint wherever it can. Exit status 1 where no fix
+    is known; it is said then what to do by hand.
+    """
+    from finetuned._documents import sections
+    from finetuned.cli.follow import follow
+    from finetuned.cli.output import print_json_line, print_json_value, state_word, to_dict
+    from finetuned.v1.task_pb2 import TaskState
+
+    options = settings(ctx)
+    with options.client() as client:
+        task = client.get_task(name)
+        if task.state not in (TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_PENDING):
+            say(f"error: {task_word(task)} is {state_word(task.state)}: there is nothing to mend")
+            raise typer.Exit(Exit.FAILED)
+        plan = _plan(client, task)
+        undo = _undo(task, plan.changes)
+        if not as_json:
+            _show(task, plan)
+        if plan.changes and not yes:
+            flags = [flag for flag, on in (("--start", start), ("--watch", watch)) if on]
+            command = task_command("fix", name, "--yes", *flags)
+            if not confirm(f"Change task {task_word(task)} like this?", command):
+                say("nothing was changed")
+                raise typer.Exit(Exit.FAILED)
+        if plan.changes:
+            values = {
+                change.field: "" if change.new is None else change.new for change in plan.changes
+            }
+            task = client.update_task(task.name, sections(values), etag=task.etag)
+            if not as_json:
+                say(f"changed; undo it: {undo}")
+        if plan.is_known and (start or watch):
+            seq = task.last_seq
+            task = client.start_task(task.name, etag=task.etag)
+            if watch:
+                if as_json:
+                    print_json_line({"fix": _content(plan, undo)})
+                raise typer.Exit(follow(client, task, as_json=as_json, after_seq=seq))
+    if as_json:
+        print_json_value({**_content(plan, undo), "task": to_dict(task)})
+    elif plan.is_known:
+        if start:
+            print(f"{task_word(task)} {state_word(task.state)}")
+        else:
+            say(f"start it: {task_command('start', task, '--watch')}")
+    if not plan.is_known:
+        raise typer.Exit(Exit.FAILED)
+
+
+def _content(plan: _Plan, undo: str) -> dict[str, Any]:
+    return {
+        "changes": [vars(change) for change in plan.changes],
+        "why": plan.why,
+        "undo": undo,
+    }
+
+
+def _plan(client: Client, task: Task) -> _Plan:
+    from finetuned._parameters import flatten
+    from finetuned.cli.failure import advice_text
+
+    result = _result(client, task)
+    if result is None or not result.HasField("fix"):
+        plan = _by_check(client, task)
+        if plan.is_known or result is None:
+            return plan
+        return _Plan([], advice_text(result.advice), is_known=False)
+    now = flatten(task.parameters)
+    wanted = flatten(result.fix)
+    # Not the newest, where a probe has followed it.
+    run = next(run for run in client.list_runs(task.name) if run.number == task.run)
+    ran_with = flatten(run.parameters)
+    edited = [
+        path
+        for path, value in wanted.items()
+        # What retries have changed is the run's alone.
+        if value != ran_with.get(path, "")
+        and now.get(path, "") not in (ran_with.get(path, ""), value)
+    ]
+    if edited and any(not path.startswith("data.resume") for path in edited):
+        why = f"{', '.join(edited)} was changed since the run failed; try it with that"
+        return _Plan([], why, is_known=True)
+    return _Plan(_changes(task, wanted), advice_text(result.advice), is_known=True)
+
+
+def _by_check(client: Client, task: Task) -> _Plan:
+    """What the check suggests where it would refuse a start."""
+    errors = [v for v in client.validate(None, task=task.name) if v.severity == "error"]
+    wanted = {
+        v.suggested_field or v.field: v.suggested_value
+        for v in errors
+        if v.suggested_value is not None and "." in (v.suggested_field or v.field)
+    }
+    why = "; ".join(f"{v.field} {v.message}" for v in errors)
+    if not errors:
+        why = "no run of it has failed, and the check finds nothing that is wrong"
+    return _Plan(_changes(task, wanted), why, is_known=bool(wanted))
+
+
+def _changes(task: Task, wanted: dict[str, Any]) -> list[_Change]:
+    from finetuned._parameters import flatten
+
+    now = flatten(task.parameters)
+    return [
+        _Change(path, now.get(path), None if value == "" else value)
+        for path, value in wanted.items()
+        if value != now.get(path, "")
+    ]
+
+
+def _result(client: Client, task: Task) -> Result | None:
+    """How the latest run ended; None before the first end."""
+    if not task.run:
+        return None
+    for after in (max(task.last_seq - _LAST_EVENTS, 0), 0):
+        for event in client.list_events(task.name, after, run=task.run):
+            if event.WhichOneof("payload") == "result":
+                return event.result
+    return None
+
+
+def _show(task: Task, plan: _Plan) -> None:
+    from finetuned.cli.output import print_pairs, reason_word, value_text
+
+    print_pairs([("failed", reason_word(task.end_reason)), ("why", task.end_message)])
+    if not plan.is_known:
+        say("no fix is known" + (f": {plan.why}" if plan.why else ""))
+        return
+    print_pairs(
+        [
+            *(
+                (
+                    change.field,
+                    f"{'(none)' if change.old is None else value_text(change.old)} -> "
+                    f"{'(none)' if change.new is None else value_text(change.new)}",
+                )
+                for change in plan.changes
+            ),
+            ("because" if plan.changes else "nothing to change", plan.why),
+        ]
+    )
+
+
+def _undo(task: Task, changes: list[_Change]) -> str:
+    """The command that sets the old values back."""
+    from finetuned.cli.output import value_text
+
+    words: list[str] = []
+    for change in changes:
+        if change.old is None:
+            words += ["--unset", change.field]
+        else:
+            words += ["--set", f"{change.field}={value_text(change.old)}"]
+    return task_command("edit", task, *words) if words else ""

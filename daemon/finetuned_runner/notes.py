@@ -1,0 +1,193 @@
+"""What is noted while a run goes on, and left at its end: its record and its model card.
+
+Hashed are, whole: data files, a PEFT configuration, and the files of model and tokenizer that a run
+can read, weights included. That takes about half a second a gigabyte, in a thread beside the
+loading that reads the same files. A checkpoint that is resumed from goes by its manifest, which has
+the hashes of its files.
+
+A run that is stopped leaves no record: its parameters are in its `spec.json`, its checkpoints have
+manifests, and the run that goes on from them leaves one at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import platform
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from finetuned_daemon.parameters.models import Parameters
+from finetuned_daemon.parameters.needs import effective_optimizer, needs_bitsandbytes
+from finetuned_daemon.runs.contract import Result, Spec, write_record
+from finetuned_daemon.runs.manifest import MANIFEST
+from finetuned_runner.model_card import model_card
+from finetuned_runner.record import RECORD, Machine, RecordedFile, TrainingRecord
+from finetuned_runner.trainer import RunTrainer
+
+CARD = "README.md"
+
+_PACKAGES = ("finetuned", "torch", "transformers", "peft", "accelerate", "tokenizers")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+class Notes:
+    """What is noted while a run goes on, for its record."""
+
+    def __init__(self, spec: Spec) -> None:
+        """Begins to hash what the run reads, in a thread."""
+        self._spec = spec
+        self._start = datetime.now(UTC)
+        self._files: dict[str, list[RecordedFile]] = {}
+        self._hashing = threading.Thread(target=self._hash, name="hashes", daemon=True)
+        self._hashing.start()
+
+    def leave(
+        self, trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, result: Result
+    ) -> Callable[[Path], None]:
+        """What writes record and card into the folder of a model or adapter.
+
+        Waits for the hashes.
+        """
+        record = self._record(trainer, tokenizer, result)
+
+        def write(folder: Path) -> None:
+            write_record(folder / RECORD, record)
+            is_adapter = (folder / "adapter_config.json").is_file()
+            # peft leaves a card of its own, with gaps to fill and the base model's path.
+            (folder / CARD).write_text(
+                model_card(record, is_adapter=is_adapter, name=folder.name.removeprefix(".tmp-")),
+                encoding="utf-8",
+            )
+
+        return write
+
+    def _hash(self) -> None:
+        for parameter, paths in _inputs(self._spec.parameters).items():
+            files = self._files[parameter] = list[RecordedFile]()
+            for path in paths:
+                # What can't be read ends the run, or is not needed.
+                with contextlib.suppress(OSError):
+                    files.append(_hashed(path))
+
+    def _record(
+        self, trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, result: Result
+    ) -> TrainingRecord:
+        self._hashing.join()
+        spec, arguments = self._spec, trainer.args
+        model: Any = trainer.model
+        history: list[dict[str, float]] = trainer.state.log_history
+        template: object = getattr(tokenizer, "chat_template", None)
+        is_gpu = spec.device != "cpu"
+        trained, total = _count(model)
+        return TrainingRecord(
+            task=spec.task,
+            run=spec.run,
+            training_type=spec.training_type.value.lower(),
+            device=spec.device,
+            parameters=spec.parameters,
+            precision="bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "float32",
+            optimizer=effective_optimizer(spec.parameters),
+            trained_parameters=trained,
+            total_parameters=total,
+            num_samples=_size(trainer.train_dataset),
+            num_eval_samples=_size(trainer.eval_dataset),
+            num_tokens=trainer.num_tokens,
+            files=self._files,
+            chat_template_sha256=_sha256(template) if isinstance(template, str) else "",
+            versions=_versions(spec.parameters),
+            machine=Machine(
+                system=f"{platform.system()} {platform.machine()}",
+                cpu=_cpu_name(),
+                gpu=torch.cuda.get_device_name(0) if is_gpu else "",
+                num_threads=torch.get_num_threads(),
+            ),
+            start_time=self._start,
+            end_time=datetime.now(UTC),
+            end_reason=result.end_reason,
+            step=result.step,
+            epoch=trainer.state.epoch or 0.0,
+            train_losses=_by_step(history, "loss"),
+            eval_losses=_by_step(history, "eval_loss"),
+        )
+
+
+def _inputs(parameters: Parameters) -> dict[str, list[Path]]:
+    """The files that a run with these parameters reads, by parameter."""
+    data = parameters.data
+    found: dict[str, list[Path]] = {}
+    for name, path in (
+        ("data.train_file", data.train_file),
+        ("data.eval_file", data.eval_file),
+        ("lora.peft_config_path", parameters.lora.peft_config_path),
+    ):
+        if path:
+            found[name] = [Path(path)]
+    if data.model_path:
+        folder = Path(data.model_path)
+        # Where both kinds of weights are there, safetensors are read.
+        weights = next(filter(None, (sorted(folder.glob(kind)) for kind in _WEIGHTS)), [])
+        found["data.model_path"] = _matching(folder, _TOKENIZER) + weights
+    if data.tokenizer_path:
+        found["data.tokenizer_path"] = _matching(Path(data.tokenizer_path), _TOKENIZER)
+    if data.resume_from_checkpoint:
+        found["data.resume_from_checkpoint"] = [Path(data.resume_from_checkpoint, MANIFEST)]
+    return found
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def _hashed(path: Path) -> RecordedFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return RecordedFile(name=path.name, size=file.tell(), sha256=digest)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _versions(parameters: Parameters) -> dict[str, str]:
+    packages = (*_PACKAGES, "bitsandbytes") if needs_bitsandbytes(parameters) else _PACKAGES
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from its source
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor()
+
+
+def _count(model: Any) -> tuple[int, int]:
+    """Values that are trained, and all of them."""
+    if isinstance(model, PeftModel):  # counts packed 4-bit weights as what they stand for
+        return model.get_nb_trainable_parameters()
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    return sum(sizes), sum(sizes)
+
+
+def _size(dataset: Any) -> int:
+    return 0 if dataset is None else len(dataset)
+
+
+def _by_step(history: list[dict[str, float]], key: str) -> dict[int, float]:
+    return {int(entry["step"]): entry[key] for entry in history if key in entry}

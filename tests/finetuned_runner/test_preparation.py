@@ -1,0 +1,204 @@
+"""Tokens are made while the run trains, in processes of their own, and kept by content."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetuned_daemon.runs.contract import EndReason, Notice, Spec, TrainingType
+from tiny import chats, documents, write_jsonl
+
+
+def many(path: Path, count: int, *, long_prompts: int = 0) -> Path:
+    """Chats enough that processes make their tokens; the last have prompts of 300 words."""
+    made = [
+        {"messages": [{"role": "user", "content": f"Number {number}?"}, *chat["messages"][1:]]}
+        for number, chat in enumerate(chats(count))
+    ]
+    for chat in made[count - long_prompts :]:
+        chat["messages"][0]["content"] += " word" * 300
+    return write_jsonl(path, made)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Lets two processes make the tokens, whatever the file's size."""
+    from finetuned_runner import preparation
+
+    monkeypatch.setattr(preparation, "_SMALL_FILE", 0)
+    monkeypatch.setattr(preparation, "_LARGE_FILE", 0)
+
+
+def prepare(spec: Spec, report: Any) -> tuple[Any, Any]:
+    """The preparation of a spec's training data, and its samples."""
+    from finetuned_runner import data
+    from finetuned_runner.encoding import open_tokenizer
+
+    prepared = data.begin(spec, report)
+    tokenizer = open_tokenizer(spec.parameters.data.model_path or "")
+    length = spec.parameters.training.max_seq_length
+    return prepared.train, prepared.train.samples(tokenizer, length, lambda largest: None)
+
+
+def all_of(samples: Any) -> list[tuple[list[int], list[int]]]:
+    found = [samples[index] for index in range(len(samples))]
+    return [(sample["input_ids"].tolist(), sample["labels"].tolist()) for sample in found]
+
+
+@pytest.fixture
+def report(tmp_path):
+    from finetuned_runner.report import Report
+
+    return Report(tmp_path)
+
+
+@pytest.mark.parametrize("kind", TrainingType)
+def test_processes_make_the_tokens_that_this_process_makes(
+    shop, tmp_path, report, monkeypatch, kind
+):
+    """However many make them, they are the same, and so they are from the cache."""
+    from finetuned_runner import preparation
+
+    if kind is TrainingType.SFT:
+        file = many(tmp_path / "chats.jsonl", 300, long_prompts=20)
+    else:
+        file = write_jsonl(tmp_path / "texts.jsonl", documents(300))
+    spec = shop.make(kind=kind, data={"train_file": str(file)}).spec
+    _, here = prepare(spec, report)
+    expected = all_of(here)
+    if kind is TrainingType.SFT:
+        assert len(expected) == 280
+    cached = spec.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    monkeypatch.setattr(preparation, "_SMALL_FILE", 0)
+    monkeypatch.setattr(preparation, "_LARGE_FILE", 0)
+    _, made = prepare(cached, report)
+    assert all_of(made) == expected
+    monkeypatch.setattr(preparation, "_collect", None)  # a hit reads no data
+    _, found = prepare(cached, report)
+    assert all_of(found) == expected
+
+
+def test_training_begins_before_all_tokens_are_made(shop, tmp_path, report, processes, monkeypatch):
+    """How many samples there are is known once the doubtful ones are made; the rest may follow."""
+    from finetuned_runner import preparation
+
+    gate = threading.Event()
+    original = preparation.ChatPreparation._take
+    given: list[int] = []
+
+    def take(self: Any) -> Any:
+        taken = original(self)
+        if taken and all(number < 280 for number in taken[0]) and len(given) >= 2:
+            gate.wait()  # certain chats beyond the first wait for the test
+        given.append(len(taken[0]) if taken else 0)
+        return taken
+
+    monkeypatch.setattr(preparation.ChatPreparation, "_take", take)
+    file = many(tmp_path / "chats.jsonl", 300, long_prompts=20)
+    spec = shop.make(data={"train_file": str(file)}).spec
+    preparing, samples = prepare(spec, report)
+    assert len(samples) == 280
+    assert not preparing._is_complete
+    waiting = threading.Thread(target=all_of, args=(samples,))
+    waiting.start()
+    gate.set()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert len(all_of(samples)) == 280
+
+
+def test_other_data_templates_and_numbers_of_samples_are_not_taken_for_the_same(
+    shop, tmp_path, report
+):
+    """The cache goes by content: the same file elsewhere is found, any change is not."""
+    from finetuned_runner.token_store import TokenCache
+
+    file = many(tmp_path / "chats.jsonl", 4)
+    model = shop.model()
+    cache = TokenCache(tmp_path / "cache")
+    options: dict[str, Any] = {"kind": "chats", "max_samples": 0}
+    key = cache.key(file, model, **options)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(file.read_bytes())
+    assert cache.key(copy, model, **options) == key
+    others = {
+        cache.key(many(tmp_path / "other.jsonl", 5), model, **options),
+        cache.key(file, shop.model("llama3"), **options),
+        cache.key(file, model, kind="chats", max_samples=2),
+        cache.key(file, model, kind="documents", max_samples=0),
+    }
+    assert len(others | {key}) == 5
+
+
+def test_a_damaged_entry_is_made_anew_and_the_cache_keeps_its_size(
+    shop, tmp_path, report, monkeypatch
+):
+    """Nothing in the cache can break a run, and what was not used for longest goes first."""
+    from finetuned_runner import token_store
+
+    file = many(tmp_path / "chats.jsonl", 8)
+    spec = shop.make(data={"train_file": str(file)}).spec
+    spec = spec.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    expected = all_of(prepare(spec, report)[1])
+    (entry,) = (tmp_path / "cache").iterdir()
+    (entry / "index.npz").write_bytes(b"PK\x03\x04 no more")
+    assert all_of(prepare(spec, report)[1]) == expected
+    with (entry / "tokens").open("r+b") as tokens:
+        tokens.truncate(8)
+    assert all_of(prepare(spec, report)[1]) == expected
+    os.utime(entry, (1, 1))
+    monkeypatch.setattr(token_store, "CACHE_BYTES", 1)
+    other = many(tmp_path / "other.jsonl", 9)
+    prepare(
+        spec.model_copy(
+            update={
+                "parameters": spec.parameters.model_copy(
+                    update={
+                        "data": spec.parameters.data.model_copy(update={"train_file": str(other)})
+                    }
+                )
+            }
+        ),
+        report,
+    )
+    assert not entry.exists()
+
+
+def test_a_doubtful_chat_ends_the_run_before_its_first_step(shop, tmp_path, processes):
+    """One chat of each kind is looked at before all others, wherever in the file it stands."""
+    good = chats(200)
+    odd = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
+    }
+    file = write_jsonl(tmp_path / "chats.jsonl", [*good, odd])
+    run = shop.here(shop.make(template="endless", data={"train_file": str(file)}))
+    assert run.result.end_reason is EndReason.DATASET_INVALID, run.result
+    assert run.result.step == 0
+
+
+def test_a_run_that_makes_its_tokens_on_the_way_is_the_same_run(shop, tmp_path):
+    """A real process with processes of its own trains to the bit as one that made all before."""
+    file = many(tmp_path / "chats.jsonl", 5000, long_prompts=40)
+    assert file.stat().st_size > 256 << 10
+    settings: dict[str, Any] = {
+        "data": {"train_file": str(file), "dataloader_num_workers": 1, "eval_ratio": 0.01},
+        "training": {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3},
+    }
+    run = shop.start(shop.make("first", **settings))
+    run.wait()
+    again = shop.here(shop.make("again", **settings))
+    assert run.result.end_reason is EndReason.STEP_LIMIT, run.result
+    assert run.losses() == again.losses()
+    dropped = [n for n in run.events(Notice) if n.reason == "SAMPLES_DROPPED"]
+    whole = json.loads((run.folder / "spec.json").read_text())
+    assert whole["cache_dir"] == ""
+    assert all("40 of 5000" in notice.message for notice in dropped)
