@@ -59,13 +59,14 @@ class _HeadLoss(torch.autograd.Function):
             products = functional.linear(part, weight, bias)
             dtype = products.dtype
             logits = products.float()
+            # All in place, down to the gradient: softmax, less 1 at the target.
+            logits.sub_(logits.amax(dim=1, keepdim=True))
             chosen = logits.gather(1, wanted[:, None])
-            scale = logits.logsumexp(dim=1, keepdim=True)
-            total += (scale - chosen).sum()
+            sums = logits.exp_().sum(dim=1, keepdim=True)
+            total += (sums.log() - chosen).sum()
             if not any(wants):
                 continue
-            # The gradient of the cross entropy: softmax, less 1 at the target.
-            gradient = logits.sub_(scale).exp_()
+            gradient = logits.div_(sums)
             gradient.scatter_add_(1, wanted[:, None], gradient.new_full((len(wanted), 1), -1.0))
             back = gradient.to(dtype)
             if to_hidden is not None:
@@ -74,6 +75,8 @@ class _HeadLoss(torch.autograd.Function):
                 to_weight += (back.T @ part).to(to_weight.dtype)
             if to_bias is not None:
                 to_bias += gradient.sum(dim=0).to(to_bias.dtype)
+            # Else they would live on beside the next ones.
+            del products, logits, gradient, back
         ctx.save_for_backward(*(t for t in (to_hidden, to_weight, to_bias) if t is not None))
         ctx.has = [tensor is not None for tensor in (to_hidden, to_weight, to_bias)]
         return total

@@ -281,15 +281,12 @@ def _logits(setup: Setup, batch: _Batch) -> int:
     if not setup.has_plain_head:
         return batch.learned * words * (4 * _LOGITS_COPIES + halves)
     rows = min(batch.learned, max(_LEAST_ROWS, _LOGITS_AT_A_TIME // max(1, words)))
-    following = min(rows, batch.learned - rows)
-    logits, logits_following = (n * words * (4 + 2 * halves) for n in (rows, following))
-    # The exponentials come beside them, while those before them are still there.
-    together = max(logits, logits_following and logits + logits_following) + 4 * rows * words
+    together = rows * words * (4 + 2 * halves)
     if setup.adapter is not None:
         return together
     # The gradient of the head itself is made here, part by part.
     gradient = 4 * words * width
-    return gradient + max(together, logits + gradient)
+    return together + 2 * gradient
 
 
 def _activations(setup: Setup, batch: _Batch) -> int:
