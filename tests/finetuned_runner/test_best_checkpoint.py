@@ -17,7 +17,9 @@ from finetuned_daemon.runs.contract import (
 from finetuned_daemon.runs.manifest import OUTPUTS, Manifest
 from tiny import chats, write_jsonl
 
+# With all weights and this rate the run learns the contrary at once and ever more.
 EAGER = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0}
+WHOLE = {"use_lora": False}
 
 
 def contrary(shop: Any) -> dict[str, Any]:
@@ -48,7 +50,9 @@ def run(module_shop):
     """12 steps, an evaluation and a checkpoint at each even one, of which two are to be kept."""
     training = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 2}
     training |= {"num_train_epochs": 2}
-    return module_shop.here(module_shop.make(training=training | EAGER, data=contrary(module_shop)))
+    return module_shop.here(
+        module_shop.make(training=training | EAGER, lora=WHOLE, data=contrary(module_shop))
+    )
 
 
 def test_the_best_checkpoint_is_never_pruned_and_counts_within_the_limit(run):
@@ -119,7 +123,7 @@ def test_early_stopping_says_where_the_best_checkpoint_is(shop):
         "early_stopping_patience": 2,
         "num_train_epochs": 8,
     }
-    run = shop.here(shop.make(training=training | EAGER, data=contrary(shop)))
+    run = shop.here(shop.make(training=training | EAGER, lora=WHOLE, data=contrary(shop)))
     found = losses(run)
     best = min(found, key=lambda step: (found[step], step))
     assert run.result.end_reason is EndReason.EARLY_STOPPED
@@ -131,12 +135,12 @@ def test_early_stopping_says_where_the_best_checkpoint_is(shop):
 def test_a_resumed_run_compares_with_the_best_that_it_goes_on_from(shop):
     training = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "num_train_epochs": 2}
     data = contrary(shop)
-    first = shop.here(shop.make("first", training=training | EAGER, data=data))
+    first = shop.here(shop.make("first", training=training | EAGER, lora=WHOLE, data=data))
     found = losses(first)
     best = min(found, key=lambda step: (found[step], step))
     source = first.output / f"checkpoint-{best}"
     data |= {"resume_from_checkpoint": str(source)}
-    again = shop.here(shop.make("again", training=training | EAGER, data=data))
+    again = shop.here(shop.make("again", training=training | EAGER, lora=WHOLE, data=data))
     assert losses(again) == {step: loss for step, loss in found.items() if step > best}
     assert not again.events(BestCheckpoint), "none is better than the one it went on from"
     newest = manifest(again.output / f"checkpoint-{max(found)}")

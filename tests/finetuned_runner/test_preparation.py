@@ -89,13 +89,11 @@ def test_training_begins_before_all_tokens_are_made(shop, tmp_path, report, proc
 
     gate = threading.Event()
     original = preparation.ChatPreparation._take
-    given: list[int] = []
 
     def take(self: Any) -> Any:
         taken = original(self)
-        if taken and all(number < 280 for number in taken[0]) and len(given) >= 2:
-            gate.wait()  # certain chats beyond the first wait for the test
-        given.append(len(taken[0]) if taken else 0)
+        if taken and 200 in taken[0]:  # one of those that surely teach; the other process goes on
+            gate.wait()
         return taken
 
     monkeypatch.setattr(preparation.ChatPreparation, "_take", take)
