@@ -141,6 +141,8 @@ class FakeRunner:
             "train_samples": 10,
             "train_tokens": 500,
             "longest_tokens": 90,
+            "longest_lengths": [90, 60, 50],
+            "learned_share": 0.5,
         }
         self.emit(ProbeReport.model_validate(measured | self.scenario.get("report", {})))
         self.end(EndReason.PROBED, "")

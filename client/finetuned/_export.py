@@ -35,6 +35,8 @@ class Exports(Caller):
     ) -> ExportTaskConfigResponse:
         """The settings of a task as a file: its `content`, and a `file_name` for it.
 
+        `left_out` names what a script trains without.
+
         Args:
             name: The task.
             run: Number of the run whose settings are meant. 0: the task's as they are now.

@@ -28,11 +28,16 @@ from finetuned_daemon.store.records import Records
 from finetuned_daemon.task_requests import ResumeChoice, StartOptions
 from finetuned_daemon.tasks import ACTIVE, Run, Task, now_us
 from finetuned_daemon.texts import Text
-from finetuned_daemon.validation.checkpoint import ADAPTER_CONFIG, what_differs, what_lacks
+from finetuned_daemon.validation.checkpoint import (
+    ADAPTER_CONFIG,
+    FILES_CHANGED,
+    what_differs,
+    what_lacks,
+)
 from finetuned_daemon.validation.paths import read_json
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
-_NAME = re.compile(r"(tasks/[^/]+)/runs/(\d{1,9})/checkpoints/(\d{1,15})")
+_CHECKPOINT = re.compile(r"checkpoint-([1-9][0-9]{0,14})")
+_NAME = re.compile(r"(tasks/[^/]+)/runs/([1-9][0-9]{0,8})/checkpoints/([1-9][0-9]{0,14})")
 _MOST_RUNS = 1_000_000
 
 
@@ -68,6 +73,15 @@ class Resumed:
 
     parameters: Parameters
     notices: Sequence[Notice] = ()
+
+
+def notices_of(violations: Iterable[Violation]) -> list[Notice]:
+    """What a log is to keep of the findings at a start: files that are not the checkpoint's."""
+    return [
+        Notice(field=v.field, reason=v.reason, message=f"{v.field} {v.message.en}.")
+        for v in violations
+        if v.reason == FILES_CHANGED
+    ]
 
 
 # --- what there is
@@ -249,6 +263,19 @@ class Checkpoints:
         ):
             raise NotFound("checkpoint", name)
         return task, run, int(match[3])
+
+    def check_unused(self, task: Task, folders: Sequence[Path]) -> None:
+        """Raises WrongState where an active run goes on from a checkpoint in one of these."""
+        roots = [os.path.realpath(folder) for folder in folders]
+        for run in self._records.active_runs():
+            resumed = run.parameters.data.resume_from_checkpoint
+            path = os.path.realpath(resumed) if resumed and run.task_key != task.key else ""
+            if path and any(path.startswith(f"{root}{os.sep}") for root in roots):
+                user = self._records.task_by_key(run.task_key)
+                name = user.name if user else ""
+                raise WrongState(
+                    name, "CHECKPOINT_IN_USE", f"{name} goes on from {path}; stop it first"
+                )
 
     def _to_delete(self, name: str, task: Task, folder: Path) -> str:
         """The path of a checkpoint without links, where it may be deleted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from finetuned.v1 import event_pb2
 from finetuned_daemon.devices import CPU, list_devices
@@ -45,8 +45,8 @@ class Explanation:
     """What there is to say of an end; of one that is no failure, nothing."""
 
     evidence: Evidence | None = None
-    fix: Mapping[str, FixValue] = field(default_factory=dict[str, FixValue])
-    """A patch of the task's parameters by path; empty: none is known."""
+    fix: Mapping[str, FixValue] | None = None
+    """A patch of the task's parameters by path; empty: they will do. None: none is known."""
     advice: Text = NOTHING
     """Why the fix would mend it; without one, what to do by hand."""
     retry: Run | None = None
@@ -106,7 +106,8 @@ class Explainer:
             step=outcome.step,
             saved_checkpoints=run.saved_checkpoints,
             can=self._capability(run.device),
-            may_be_memory=exit_.signal == "SIGKILL",
+            may_be_memory=exit_.signal == "SIGKILL" and exit_.oom_kills is None,
+            was_killed=exit_.signal == "SIGKILL" and exit_.oom_kills == 0,
             hint=outcome.fix,
         )
         fix = retry_fix(run, failure)
@@ -115,7 +116,8 @@ class Explainer:
             return Explanation(evidence, retry=retry, notice=notice(run, retry))
         fix = fix_of(failure)
         if fix is None:
-            return Explanation(evidence, advice=advice_of(outcome.end_reason))
+            advice = advice_of(outcome.end_reason, in_fp16=failure.in_fp16)
+            return Explanation(evidence, advice=advice)
         values = with_resume(fix, run, task.training_type)
         return Explanation(evidence, {**_of_retries(run), **values}, fix.why)
 

@@ -48,7 +48,9 @@ class Failure:
     can: Capability | None = None
     """What the device can do; None: that is not known, and nothing is expected of it."""
     may_be_memory: bool = False
-    """It was killed, and perhaps for want of memory."""
+    """It was killed, and nobody can know whether for want of memory."""
+    was_killed: bool = False
+    """It was killed, and the kernel had not run out of memory."""
     hint: Mapping[str, FixValue] = field(default_factory=dict[str, FixValue])
     """What the runner found that would fit, by path."""
 
@@ -56,6 +58,12 @@ class Failure:
     def was_training(self) -> bool:
         """Whether batches went through the model when it failed."""
         return self.phase not in _WITHOUT_BATCHES
+
+    @property
+    def in_fp16(self) -> bool:
+        """Whether it computed in fp16; the CPU computes in float32 in its place."""
+        optimization = self.parameters.optimization
+        return optimization.fp16 and not optimization.bf16 and self.device != CPU
 
     @property
     def trains_lora(self) -> bool:
@@ -68,7 +76,10 @@ class Fix:
     """A patch of parameters that would likely mend a failed run."""
 
     values: Mapping[str, FixValue]
-    """New values by path, such as `training.batch_size`; an empty text clears."""
+    """New values by path, such as `training.batch_size`; an empty text clears.
+
+    Empty: the parameters will do as they are.
+    """
     why: Text
     resumes: bool | None = None
     """True: the run can go on from its newest checkpoint; False: it has to begin anew.
@@ -89,8 +100,15 @@ def fix_of(failure: Failure) -> Fix | None:
     return None
 
 
-def advice_of(reason: EndReason) -> Text:
-    """What to do by hand about a failure without a fix."""
+def advice_of(reason: EndReason, *, in_fp16: bool = False) -> Text:
+    """What to do by hand about a failure without a fix.
+
+    Args:
+        reason: Why it failed.
+        in_fp16: Whether it computed in fp16.
+    """
+    if reason is EndReason.LOSS_NOT_FINITE and in_fp16:
+        return _NOT_FINITE_IN_FP16
     return _BY_HAND[reason]
 
 
@@ -235,10 +253,7 @@ def _no_workers(failure: Failure) -> Fix | None:
 
 
 def _bf16(failure: Failure) -> Fix | None:
-    optimization = failure.parameters.optimization
-    if failure.device == CPU or not optimization.fp16 or optimization.bf16:
-        return None  # the CPU computes in float32 in its place
-    if failure.can is None or not failure.can.bf16:
+    if not failure.in_fp16 or failure.can is None or not failure.can.bf16:
         return None
     return Fix(
         {"optimization.bf16": True, "optimization.fp16": False},
@@ -301,6 +316,20 @@ def _lora_for_qlora(failure: Failure) -> Fix | None:
     )
 
 
+def _again(failure: Failure) -> Fix | None:
+    if not failure.was_killed:
+        return None
+    return Fix(
+        {},
+        Text(
+            "the kernel had not run out of memory, so the same settings will do; find out who "
+            "killed it, or it may happen again",
+            "内核并未耗尽内存，因此无需更改设置；请查明是谁终止了它，否则可能再次发生",
+        ),
+        resumes=True,
+    )
+
+
 def _if_it_was_memory(rung: Callable[[Failure], Fix | None]) -> Callable[[Failure], Fix | None]:
     def of(failure: Failure) -> Fix | None:
         fix = rung(failure) if failure.may_be_memory else None
@@ -327,12 +356,19 @@ _LADDERS: dict[EndReason, tuple[Callable[[Failure], Fix | None], ...]] = {
         _shorter,
     ),
     EndReason.HOST_OUT_OF_MEMORY: _HOST_MEMORY,
-    EndReason.RUNNER_KILLED: tuple(map(_if_it_was_memory, _HOST_MEMORY)),
+    EndReason.RUNNER_KILLED: (_again, *map(_if_it_was_memory, _HOST_MEMORY)),
     EndReason.LOSS_NOT_FINITE: (_bf16, _lower_rate),
     EndReason.DISK_FULL: (_fewer_checkpoints,),
     EndReason.MODEL_UNLOADABLE: (_lora_for_qlora,),
 }
 """What to try, mildest first."""
+
+_NOT_FINITE_IN_FP16 = Text(
+    "No step was to blame but the model or the data: look at the samples, and try the model "
+    "without optimization.fp16, whose largest number is 65504.",
+    "问题出在模型或数据，而不是训练步长：请检查这些样本，并尝试关闭 optimization.fp16（其最大"
+    "可表示的数为 65504）。",
+)
 
 _BY_HAND: dict[EndReason, Text] = {
     EndReason.DEVICE_OUT_OF_MEMORY: Text(
@@ -358,10 +394,9 @@ _BY_HAND: dict[EndReason, Text] = {
         "请选择其他模型目录或修复该目录；finetunectl check 会说明问题所在。",
     ),
     EndReason.LOSS_NOT_FINITE: Text(
-        "No step was to blame but the model or the data: look at the samples, and try the model "
-        "in optimization.bf16 or without fp16.",
-        "问题出在模型或数据，而不是训练步长：请检查这些样本，并尝试启用 optimization.bf16 "
-        "或关闭 fp16。",
+        "No step was to blame but the model or the data: look at the model's weights, and at the "
+        "samples.",
+        "问题出在模型或数据，而不是训练步长：请检查模型权重和这些样本。",
     ),
     EndReason.DEVICE_LOST: Text(
         "Look at the device with its driver's tools, such as nvidia-smi, and go on from the "

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetuned_daemon.checkpoints import Checkpoints
+from finetuned_daemon.checkpoints import Checkpoints, notices_of
 from finetuned_daemon.config import Config
 from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.environment.model import in_a_sentence
@@ -212,7 +212,8 @@ class Manager:
             self._repeats.keep(connection, request, task)
 
         if start:
-            return self._enqueue(task, judgement.device.id, planned, also)
+            notices = notices_of(judgement.violations)
+            return self._enqueue(task, judgement.device.id, planned, also, notices=notices)
         with self._database.transaction(durable=True) as connection:
             task = self.records.insert_task(connection, task)
             also(connection, task)
@@ -265,8 +266,14 @@ class Manager:
             raise InvalidRequest(violations)
         # It may have been started or changed while files were read.
         now = self._idle(name, etag)
-        if now.revision != task.revision:
-            raise StaleEtag(task.name)
+        if now.revision != task.revision:  # nobody said which revision: then this one
+            return await self.update(
+                name,
+                edit,
+                etag=etag,
+                update_template=update_template,
+                validate_only=validate_only,
+            )
         if display_name != task.display_name:
             self._check_name_free(display_name)
         task = replace(
@@ -300,7 +307,7 @@ class Manager:
         Raises:
             NotFound: There is none.
             StaleEtag: It has changed.
-            WrongState: It is queued or running.
+            WrongState: It is queued or running, or another goes on from what would be deleted.
         """
         try:
             task = self._idle(name, etag)
@@ -313,6 +320,8 @@ class Manager:
             for run in self.records.runs(task.key, limit=_MOST_RUNS)
             if run.run_dir and run.output_dir
         ]
+        if with_outputs:
+            self.checkpoints.check_unused(task, [output for _, output in runs])
         self._deleting.add(task.key)
         try:
             # Outputs first: a crash in between leaves a task that can be deleted again.
@@ -373,7 +382,7 @@ class Manager:
             return answered
         now = self._idle(name, etag)
         if now.revision != task.revision:
-            raise StaleEtag(task.name)
+            return await self.start(name, etag=etag, request=request, options=options)
         self._check_quota(parameters, planned)
         return self._enqueue(
             now,
@@ -381,7 +390,7 @@ class Manager:
             planned,
             lambda c, t: self._repeats.keep(c, request, t),
             parameters=parameters,
-            notices=resumed.notices,
+            notices=[*resumed.notices, *notices_of(judgement.violations)],
             is_probe=options.probe,
         )
 

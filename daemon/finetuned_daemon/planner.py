@@ -114,7 +114,7 @@ class Planner:
         known = {violation.reason for violation in judgement.violations}
         more = [
             *self._check_plan(plan, parameters),
-            *_check_lengths(plan, parameters),
+            *_check_lengths(plan, parameters, resume_step(parameters, training_type)),
             *_check_room(plan),
         ]
         violations = judgement.violations + [v for v in more if v.reason not in known]
@@ -289,7 +289,7 @@ def _check_samples(parameters: Parameters, measured: Measured) -> None:
         raise InvalidRequest([split_leaves_none(samples)])
 
 
-def _check_lengths(plan: Plan, parameters: Parameters) -> list[Violation]:
+def _check_lengths(plan: Plan, parameters: Parameters, resumed: int) -> list[Violation]:
     """What only the tokenizer tells: samples that are cut or left out, a warm-up too long."""
     found = list[Violation]()
     field, length = "training.max_seq_length", parameters.training.max_seq_length
@@ -312,7 +312,7 @@ def _check_lengths(plan: Plan, parameters: Parameters) -> list[Violation]:
     if plan.eval_samples:
         found += check_evaluations(parameters.training, total)
     if not plan.schedule.run_steps:
-        found.append(nothing_left(total, total))
+        found.append(nothing_left(resumed, total))
     return found
 
 

@@ -140,14 +140,17 @@ def _train(spec: Spec, report: Report, watch: Watch) -> Result:
     from finetuned_runner import data
 
     prepared = data.begin(spec, report)
-    # Imported here: both bring torch, which reads the environment once.
-    if spec.training_type is TrainingType.SFT:
-        from finetuned_runner import sft
+    try:
+        # Imported here: both bring torch, which reads the environment once.
+        if spec.training_type is TrainingType.SFT:
+            from finetuned_runner import sft
 
-        return sft.run(spec, report, watch, prepared)
-    from finetuned_runner import pretrain
+            return sft.run(spec, report, watch, prepared)
+        from finetuned_runner import pretrain
 
-    return pretrain.run(spec, report, watch, prepared)
+        return pretrain.run(spec, report, watch, prepared)
+    finally:
+        prepared.close()
 
 
 def _leave(status: int) -> NoReturn:

@@ -25,6 +25,7 @@ from finetuned_daemon.runs.manifest import (
     DataFile,
     FileEntry,
     Manifest,
+    model_files,
 )
 from finetuned_runner.report import Report
 
@@ -55,6 +56,13 @@ def made_with(spec: Spec, num_samples: int) -> Manifest:
     """What the manifests of all checkpoints of a run have in common."""
     data = spec.parameters.data
     named = {"data.train_file": data.train_file, "data.eval_file": data.eval_file}
+    for field, folder, weights in (
+        ("data.model_path", data.model_path, True),
+        ("data.tokenizer_path", data.tokenizer_path, False),
+    ):
+        if folder:
+            for path in model_files(Path(folder), weights=weights):
+                named[f"{field}/{path.name}"] = str(path)
     files = {field: DataFile.of(path) for field, path in named.items() if path}
     return Manifest(
         step=0,

@@ -25,6 +25,12 @@ class Prepared:
     train: Preparation
     evaluation: Preparation | None
 
+    def close(self) -> None:
+        """The run is over."""
+        self.train.close()
+        if self.evaluation is not None:
+            self.evaluation.close()
+
 
 def begin(spec: Spec, report: Report) -> Prepared:
     """Begins to read the data of a run and to make tokens of it, in threads and processes."""

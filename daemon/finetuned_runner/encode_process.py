@@ -125,10 +125,10 @@ class EncodeProcess:
         """
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        process = context.Process(
+        self._process = context.Process(
             target=_work, args=(theirs, tokenizer), name="encode", daemon=True
         )
-        process.start()
+        self._process.start()
         theirs.close()
         self._take, self._give = take, give
         threading.Thread(target=self._run, name="encode", daemon=True).start()
@@ -143,6 +143,7 @@ class EncodeProcess:
                 answer = CannotEncode(_ENDED, is_data=False)
             self._give(what, answer)
         self._pipe.close()
+        self._process.join()
 
 
 _ENDED = Text(

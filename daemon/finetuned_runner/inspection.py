@@ -111,9 +111,7 @@ class _Census:
         for chat in chats:
             self.roles.update(message["role"] for message in chat.messages)
             self._turns[len(chat.messages)] += 1
-            self._note(
-                "\0".join(f"{turn['role']}\0{message_text(turn)}" for turn in chat.messages)
-            )
+            self._note("\0".join(f"{turn['role']}\0{message_text(turn)}" for turn in chat.messages))
             yield chat
 
     def documents(self, documents: Iterator[Document]) -> Iterator[Document]:

@@ -385,6 +385,20 @@ def check_resumable(checkpoint: Path, model: Model) -> None:
         )
 
 
+def restore(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Gives a model all weights of a checkpoint.
+
+    Loaded as a model is, for the names in the file may be others than those of the modules (experts
+    one by one, a head by an older name); transformers' Trainer passes over what it does not find.
+
+    Raises:
+        RunFailed: MODEL_UNLOADABLE, if it lacks weights.
+        RuntimeError: It is of another shape.
+    """
+    saved = _load(str(checkpoint), {"dtype": torch.float32})
+    model.load_state_dict(saved.state_dict())
+
+
 def _unfit(checkpoint: Path, why: str) -> RunFailed:
     return RunFailed(
         EndReason.MODEL_UNLOADABLE, f"The run can't be resumed from {checkpoint}: {why}."

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetuned_daemon.parameters.models import SECTIONS
 from finetuned_daemon.parameters.needs import in_effect
-from finetuned_runner.record import RECORD, TrainingRecord
+from finetuned_runner.record import RECORD, ResumedFrom, TrainingRecord
 
 _MOST_EVALUATIONS = 20
 
@@ -82,7 +82,7 @@ def _front_matter(record: TrainingRecord, base: str, *, is_adapter: bool) -> str
     return "\n".join(
         [
             "---",
-            f"base_model: {json.dumps(base, ensure_ascii=False)}{known}",
+            f"base_model: {_quoted(base)}{known}",
             f"base_model_relation: {'adapter' if is_adapter else 'finetune'}",
             f"library_name: {'peft' if is_adapter else 'transformers'}",
             "pipeline_tag: text-generation",
@@ -91,6 +91,11 @@ def _front_matter(record: TrainingRecord, base: str, *, is_adapter: bool) -> str
             "---",
         ]
     )
+
+
+def _quoted(name: str) -> str:
+    """In double quotes, as YAML and Python read it, in its own letters."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _about(record: TrainingRecord, base: str, *, is_adapter: bool, is_merged: bool) -> str:
@@ -114,7 +119,7 @@ def _snippet(record: TrainingRecord, base: str, *, is_adapter: bool) -> str:
     if is_adapter:
         imports = f"from peft import PeftModel\n{imports}"
         load = (
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})  # or its folder\n"
+            f"base = AutoModelForCausalLM.from_pretrained({_quoted(base)})  # or its folder\n"
             "model = PeftModel.from_pretrained(base, folder)"
         )
     ask = (
@@ -139,10 +144,21 @@ def _snippet(record: TrainingRecord, base: str, *, is_adapter: bool) -> str:
     )
 
 
+_DATA = (("data.train_file", "training"), ("data.eval_file", "evaluation"))
+
+
 def _data(record: TrainingRecord) -> str:
     unit = "chats" if record.training_type == "sft" else "blocks of text"
+    trained = (
+        f"{record.num_samples:,} {unit} for training",
+        f"{record.num_tokens:,} tokens were trained on in {record.epoch:.4g} epochs",
+    )
+    resumed = record.resumed_from
+    is_idle = resumed is not None and record.step == resumed.step
     rows = []
-    for parameter, use in (("data.train_file", "training"), ("data.eval_file", "evaluation")):
+    for parameter, use in _DATA:
+        if is_idle:
+            use = f"nothing: read for {use}"
         rows += [
             (use, f"`{file.name}`", f"{file.size:,}", f"`{file.sha256}`")
             for file in record.files.get(parameter, [])
@@ -151,14 +167,33 @@ def _data(record: TrainingRecord) -> str:
     held_out = f", {record.num_eval_samples:,} for evaluation" if record.num_eval_samples else ""
     if held_out and not record.parameters.data.eval_file:
         held_out += f" ({share:.3g} of the training file, drawn by the seed)"
-    return "\n\n".join(
-        [
-            "## Training data",
-            _table(("used for", "file", "bytes", "SHA-256"), rows),
-            f"{record.num_samples:,} {unit} for training{held_out}. "
-            f"{record.num_tokens:,} tokens were trained on in {record.epoch:.4g} epochs.",
-        ]
+    parts = ["## Training data", _table(("used for", "file", "bytes", "SHA-256"), rows)]
+    if resumed is None:
+        parts.append(f"{trained[0]}{held_out}. {trained[1]}.")
+    elif is_idle:
+        parts.append(
+            "This run did no step, and trained on nothing of it: the weights are those of the "
+            f"checkpoint that it went on from. Up to there {trained[1]}."
+        )
+    else:
+        parts.append(f"{trained[0]}{held_out}. {trained[1]}, those up to the checkpoint included.")
+    if resumed is not None:
+        parts.append(_resumed(resumed))
+    return "\n\n".join(parts)
+
+
+def _resumed(resumed: ResumedFrom) -> str:
+    text = (
+        f"The run went on from `{resumed.checkpoint}`, a checkpoint at step {resumed.step}: steps, "
+        "tokens, epochs and losses up to there are those of the run that saved it."
     )
+    for parameter, use in _DATA:
+        if parameter in resumed.data_files:
+            text += (
+                f" That run had another file for {use}, or the same before it was changed: "
+                f"`{resumed.data_files[parameter]}`."
+            )
+    return text
 
 
 def _results(record: TrainingRecord) -> str:

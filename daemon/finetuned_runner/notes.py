@@ -28,16 +28,15 @@ from transformers import PreTrainedTokenizerBase
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.parameters.needs import effective_optimizer, needs_bitsandbytes
 from finetuned_daemon.runs.contract import Result, Spec, write_record
-from finetuned_daemon.runs.manifest import MANIFEST
+from finetuned_daemon.runs.manifest import MANIFEST, DataFile, Manifest, model_files
+from finetuned_runner.data import Prepared
 from finetuned_runner.model_card import model_card
-from finetuned_runner.record import RECORD, Machine, RecordedFile, TrainingRecord
+from finetuned_runner.record import RECORD, Machine, RecordedFile, ResumedFrom, TrainingRecord
 from finetuned_runner.trainer import RunTrainer
 
 CARD = "README.md"
 
 _PACKAGES = ("finetuned", "torch", "transformers", "peft", "accelerate", "tokenizers")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 class Notes:
@@ -52,12 +51,27 @@ class Notes:
         self._hashing.start()
 
     def leave(
-        self, trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, result: Result
+        self,
+        trainer: RunTrainer,
+        tokenizer: PreTrainedTokenizerBase,
+        result: Result,
+        prepared: Prepared,
     ) -> Callable[[Path], None]:
         """What writes record and card into the folder of a model or adapter.
 
         Waits for the hashes.
         """
+        self._hashing.join()
+        for parameter, read in (
+            ("data.train_file", prepared.train),
+            ("data.eval_file", prepared.evaluation),
+        ):
+            # The file may have been written to since; the run has read it as it was.
+            if read is not None and read.sha256:
+                self._files[parameter] = [
+                    file.model_copy(update={"sha256": read.sha256})
+                    for file in self._files.get(parameter, [])
+                ]
         record = self._record(trainer, tokenizer, result)
 
         def write(folder: Path) -> None:
@@ -82,13 +96,13 @@ class Notes:
     def _record(
         self, trainer: RunTrainer, tokenizer: PreTrainedTokenizerBase, result: Result
     ) -> TrainingRecord:
-        self._hashing.join()
         spec, arguments = self._spec, trainer.args
         model: Any = trainer.model
         history: list[dict[str, float]] = trainer.state.log_history
         template: object = getattr(tokenizer, "chat_template", None)
         is_gpu = spec.device != "cpu"
         trained, total = _count(model)
+        manifest = trainer.resumed_from
         return TrainingRecord(
             task=spec.task,
             run=spec.run,
@@ -103,6 +117,7 @@ class Notes:
             num_eval_samples=_size(trainer.eval_dataset),
             num_tokens=trainer.num_tokens,
             files=self._files,
+            resumed_from=_resumed_from(manifest, spec.parameters) if manifest else None,
             chat_template_sha256=_sha256(template) if isinstance(template, str) else "",
             versions=_versions(spec.parameters),
             machine=Machine(
@@ -115,7 +130,8 @@ class Notes:
             end_time=datetime.now(UTC),
             end_reason=result.end_reason,
             step=result.step,
-            epoch=trainer.state.epoch or 0.0,
+            # Where nothing was left to train, the state knows of no epoch.
+            epoch=trainer.state.epoch or (manifest.epoch if manifest else 0.0),
             train_losses=_by_step(history, "loss"),
             eval_losses=_by_step(history, "eval_loss"),
         )
@@ -133,19 +149,26 @@ def _inputs(parameters: Parameters) -> dict[str, list[Path]]:
         if path:
             found[name] = [Path(path)]
     if data.model_path:
-        folder = Path(data.model_path)
-        # Where both kinds of weights are there, safetensors are read.
-        weights = next(filter(None, (sorted(folder.glob(kind)) for kind in _WEIGHTS)), [])
-        found["data.model_path"] = _matching(folder, _TOKENIZER) + weights
+        found["data.model_path"] = model_files(Path(data.model_path))
     if data.tokenizer_path:
-        found["data.tokenizer_path"] = _matching(Path(data.tokenizer_path), _TOKENIZER)
+        found["data.tokenizer_path"] = model_files(Path(data.tokenizer_path), weights=False)
     if data.resume_from_checkpoint:
         found["data.resume_from_checkpoint"] = [Path(data.resume_from_checkpoint, MANIFEST)]
     return found
 
 
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+def _resumed_from(manifest: Manifest, parameters: Parameters) -> ResumedFrom:
+    data = parameters.data
+    now = {"data.train_file": data.train_file, "data.eval_file": data.eval_file}
+    return ResumedFrom(
+        checkpoint=Path(data.resume_from_checkpoint or "").name,
+        step=manifest.step,
+        data_files={
+            name: Path(manifest.data_files[name].path).name
+            for name, path in now.items()
+            if name in manifest.data_files and DataFile.of(path or "") != manifest.data_files[name]
+        },
+    )
 
 
 def _hashed(path: Path) -> RecordedFile:

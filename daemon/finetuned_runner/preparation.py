@@ -10,6 +10,7 @@ Nothing here imports torch or, in this process, transformers.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -61,6 +62,8 @@ class Preparation:
         self._limit = limit
         self._tokenizer_path = data.tokenizer_path or data.model_path or ""
         self._cache_dir = Path(spec.cache_dir) if spec.cache_dir else report.run_dir / "tokens"
+        self.sha256 = ""
+        """Of the data file as it was read, once samples are there."""
         self._changed = threading.Condition()
         # All that follows is guarded by it.
         self._failure: BaseException | None = None
@@ -82,11 +85,13 @@ class Preparation:
             self._fail(error)
 
     def _look_and_read(self) -> None:
+        cache = self._open_cache()
         try:
-            size = self._file.stat().st_size
-            cache = TokenCache(self._cache_dir)
+            before = self._file.stat()
+            with self._file.open("rb") as data:
+                self.sha256 = hashlib.file_digest(data, "sha256").hexdigest()
             key = cache.key(
-                self._file,
+                self.sha256,
                 Path(self._tokenizer_path),
                 kind=type(self).__name__,
                 max_samples=self._limit,
@@ -103,16 +108,29 @@ class Preparation:
                 self._changed.notify_all()
             return
         store = cache.begin()
-        self._is_local = size < _SMALL_FILE
+        self._is_local = before.st_size < _SMALL_FILE
         if not self._is_local:
-            self._start_processes(size)
+            self._start_processes(before.st_size)
         with self._changed:
             self._store = store
             self._keep = lambda: cache.keep(key, store, self._index())
         self._read()
+        after = self._file.stat()
+        if (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
+            raise RunFailed(
+                EndReason.DATASET_INVALID,
+                f"{self._file} was written to while it was read; start again when it is whole.",
+            )
         with self._changed:
             self._is_read = True
             self._changed.notify_all()
+
+    def _open_cache(self) -> TokenCache:
+        try:
+            return TokenCache(self._cache_dir)
+        except OSError as error:  # the run doesn't need one; it needs a place for its tokens
+            _logger.warning("tokens are not kept: %s", error)
+            return TokenCache(self._report.run_dir / "tokens")
 
     def _start_processes(self, size: int) -> None:
         count = 1
@@ -166,6 +184,11 @@ class Preparation:
         raise NotImplementedError
 
     # --- for the recipe
+
+    def close(self) -> None:
+        """The run is over: what was made and not kept goes."""
+        if self._store is not None:
+            TokenCache.drop(self._store)
 
     def samples(self, tokenizer: Any, max_length: int, check: Check) -> Samples:
         """The samples, of at most `max_length` tokens.

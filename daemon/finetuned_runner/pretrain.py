@@ -71,7 +71,7 @@ def run(spec: Spec, report: Report, watch: Watch, prepared: Prepared | None = No
     final = output_dir / "final"
     report.phase(RunPhase.SAVING, final.name)
     result = completed(trainer, final)
-    leave = notes.leave(trainer, tokenizer, result)
+    leave = notes.leave(trainer, tokenizer, result, prepared)
     save_model(model, tokenizer, final, report, use_cache=use_cache, add=leave)
     return result
 

@@ -38,6 +38,19 @@ class Machine(_Record):
     num_threads: int
 
 
+class ResumedFrom(_Record):
+    """The checkpoint that a run went on from."""
+
+    checkpoint: str
+    """Name of its folder."""
+    step: int
+    data_files: dict[str, str] = Field(default_factory=dict[str, str])
+    """Names of the data files that its run had and this one has not, or has changed since.
+
+    By the parameter that names them.
+    """
+
+
 class TrainingRecord(_Record):
     """A run that came to its end, to be repeated and judged."""
 
@@ -58,12 +71,13 @@ class TrainingRecord(_Record):
     trained_parameters: int
     total_parameters: int
     num_samples: int
-    """Chats, or blocks of text, that were trained on."""
+    """Chats, or blocks of text, of the training data."""
     num_eval_samples: int = 0
     num_tokens: int
-    """Tokens trained on in all epochs, without padding."""
+    """Tokens trained on in all epochs, without padding; a checkpoint's included."""
     files: dict[str, list[RecordedFile]] = Field(default_factory=dict[str, list[RecordedFile]])
     """What was read, by parameter, such as `data.train_file`."""
+    resumed_from: ResumedFrom | None = None
     chat_template_sha256: str = ""
     versions: dict[str, str]
     machine: Machine
@@ -71,8 +85,9 @@ class TrainingRecord(_Record):
     end_time: datetime
     end_reason: EndReason
     step: int
+    """Optimizer steps done, a checkpoint's included."""
     epoch: float
     train_losses: dict[int, float]
-    """By step: the mean over the steps since the one before."""
+    """By step: the mean over the steps since the one before; of a checkpoint's run, too."""
     eval_losses: dict[int, float] = Field(default_factory=dict[int, float])
     """By step."""

@@ -86,7 +86,7 @@ def run(spec: Spec, report: Report, watch: Watch, prepared: Prepared | None = No
     final = output_dir / "final"
     report.phase(RunPhase.SAVING, final.name)
     result = completed(trainer, final)
-    leave = notes.leave(trainer, tokenizer, result)
+    leave = notes.leave(trainer, tokenizer, result, prepared)
     save_model(model, tokenizer, final, report, use_cache=use_cache, add=leave)
     if lora.merge_lora and isinstance(model, PeftModel):
         if watch.wish is not None:

@@ -22,6 +22,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 CACHE_BYTES = 8 << 30
 """Most bytes in the cache; what was not used for longest goes first."""
@@ -39,7 +40,8 @@ _TOKENIZER_FILES = (
 )
 _TOKENS = "tokens"
 _INDEX = "index.npz"
-_SIZE = "num_tokens"
+_HASH = "sha256"
+_NEW = ".new-"
 
 _logger = logging.getLogger(__name__)
 
@@ -130,17 +132,23 @@ class TokenCache:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
 
-    def key(self, file: Path, tokenizer: Path, *, kind: str, max_samples: int) -> str:
+    def key(self, data: str, tokenizer: Path, *, kind: str, max_samples: int) -> str:
         """What tokens depend on: the data, the tokenizer with its template, and how they are made.
 
-        Raises OSError.
+        Args:
+            data: SHA-256 of the data file.
+            tokenizer: Folder of the tokenizer.
+            kind: What is made of the data.
+            max_samples: Samples of the file at most; 0: all.
+
+        Raises:
+            OSError: A file can't be read.
         """
         versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
         digest = hashlib.sha256(json.dumps([_FORMAT, kind, max_samples, *versions]).encode())
         for code in sorted(path for glob in _CODE for path in Path(__file__).parent.glob(glob)):
             digest.update(hashlib.sha256(code.read_bytes()).digest())
-        with file.open("rb") as data:
-            digest.update(hashlib.file_digest(data, "sha256").digest())
+        digest.update(data.encode())
         for name in _TOKENIZER_FILES:
             path = tokenizer / name
             if path.is_file():
@@ -154,10 +162,10 @@ class TokenCache:
             # Opened here: numpy leaves a file open that it can't read.
             with (folder / _INDEX).open("rb") as file, np.load(file) as arrays:
                 index = Index(**{name: arrays[name] for name in Index.__dataclass_fields__})
-                size = int(arrays[_SIZE])
+                digest = bytes(arrays[_HASH])
+            if _digest(folder / _TOKENS) != digest:
+                raise ValueError("they are not what was written")
             store = TokenStore(folder / _TOKENS)
-            if store.num_tokens != size:
-                raise ValueError(f"{store.num_tokens} tokens, not {size}")
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             if folder.exists():  # damaged: made anew, as if it weren't there
                 _logger.warning("tokens in the cache can't be read (%s); they are made anew", error)
@@ -168,13 +176,23 @@ class TokenCache:
 
     def begin(self) -> TokenStore:
         """A new file of tokens, which `keep` gives its key. Raises OSError."""
-        return TokenStore(Path(tempfile.mkdtemp(prefix=".new-", dir=self._folder)) / _TOKENS)
+        self._remove_orphans()
+        prefix = f"{_NEW}{os.getpid()}-"
+        return TokenStore(Path(tempfile.mkdtemp(prefix=prefix, dir=self._folder)) / _TOKENS)
+
+    def _remove_orphans(self) -> None:
+        """Removes what was begun by processes that are gone."""
+        for folder in self._folder.glob(f"{_NEW}*"):
+            owner = folder.name.removeprefix(_NEW).partition("-")[0]
+            if not (owner.isdecimal() and psutil.pid_exists(int(owner))):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, key: str, store: TokenStore, index: Index) -> None:
         """Gives a finished file its key, and makes room."""
         made = store.path.parent
         try:
-            arrays: dict[str, Any] = vars(index) | {_SIZE: np.array(store.num_tokens)}
+            digest = np.frombuffer(_digest(store.path), np.uint8)
+            arrays: dict[str, Any] = vars(index) | {_HASH: digest}
             np.savez(made / _INDEX, **arrays)
             os.replace(made, self._folder / key)
         except OSError as error:  # no room, or another run was faster: this one has its tokens
@@ -185,13 +203,15 @@ class TokenCache:
 
     @staticmethod
     def drop(store: TokenStore) -> None:
-        """Removes a file that was begun and not kept."""
-        if store.path.parent.name.startswith(".new-"):
+        """Removes a file that was begun and not kept; it can still be read where it is open."""
+        if store.path.parent.name.startswith(_NEW):
             shutil.rmtree(store.path.parent, ignore_errors=True)
 
     def _make_room(self) -> None:
         entries = []
         for folder in self._folder.iterdir():
+            if folder.name.startswith(_NEW):  # of a run that is at work
+                continue
             with contextlib.suppress(OSError):  # another run removes it at this moment
                 size = sum(path.stat().st_size for path in folder.iterdir())
                 entries.append((folder.stat().st_mtime, size, folder))
@@ -201,3 +221,8 @@ class TokenCache:
                 return
             shutil.rmtree(folder, ignore_errors=True)
             total -= size
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
@@ -43,7 +44,7 @@ from finetuned_runner.compute import (
 from finetuned_runner.computing import ComputingTrainer
 from finetuned_runner.control import Watch
 from finetuned_runner.failures import RunFailed
-from finetuned_runner.model import Model, check_resumable, pad_id
+from finetuned_runner.model import Model, check_resumable, pad_id, restore
 from finetuned_runner.progress import Meter
 from finetuned_runner.random_state import RandomState
 from finetuned_runner.ranking import Ranking
@@ -85,6 +86,8 @@ class RunTrainer(ComputingTrainer):
         self._is_between_steps = False
         self._state_at_step: RandomState | None = None
         self._first_step = 0
+        self.resumed_from: Manifest | None = None
+        """Of the checkpoint that the training went on from."""
         self._owes_evaluation = False
         """The checkpoint was saved before the evaluation that was due at its step."""
         self._last_save = time.monotonic()
@@ -177,6 +180,7 @@ class RunTrainer(ComputingTrainer):
             manifest.evaluations_without_gain,
         )
         self.ranking.restore(manifest)
+        self.resumed_from = manifest
         self._first_step = manifest.step
         self._owes_evaluation = manifest.eval_loss is None and self._evaluates_at(manifest.step)
         return manifest
@@ -194,7 +198,10 @@ class RunTrainer(ComputingTrainer):
             pissa.restore(cast("PeftModel", self.model), Path(resume_from_checkpoint))
             return
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if isinstance(self.model, PeftModel):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                restore(cast("PreTrainedModel", self.model), Path(resume_from_checkpoint))
         except (RuntimeError, ValueError) as error:
             raise RunFailed(
                 EndReason.MODEL_UNLOADABLE,

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import psutil
 import torch
 from transformers import TrainerCallback
 
+from finetuned_daemon.dataset.report import LONGEST
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.schedule import plan_schedule
 from finetuned_daemon.planning.timing import Rates, run_seconds
@@ -31,7 +33,7 @@ from finetuned_daemon.runs.manifest import MANIFEST, STATE_FILES, Manifest
 from finetuned_runner.control import Watch
 from finetuned_runner.model import Model
 from finetuned_runner.report import Report
-from finetuned_runner.samples import Part, Samples
+from finetuned_runner.samples import IGNORED, Part, Samples
 from finetuned_runner.trainer import RunTrainer
 
 STEPS = 3
@@ -135,6 +137,8 @@ def run(
             train_samples=samples.count,
             train_tokens=samples.tokens,
             longest_tokens=samples.longest,
+            longest_lengths=samples.longest_lengths,
+            learned_share=samples.learned_share(),
         )
     )
     return Result(
@@ -154,7 +158,21 @@ class _Longest:
     """Of all samples."""
     tokens: int
     """Of all samples."""
-    longest: int
+    longest_lengths: tuple[int, ...]
+    """Of all samples, longest first; at most `LONGEST`."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return self.longest_lengths[0]
+
+    def learned_share(self) -> float:
+        """Of the tokens of the part, those that are learned."""
+        learned = sum(
+            int(np.count_nonzero(self.part[index]["labels"] != IGNORED))
+            for index in range(len(self.part))
+        )
+        return learned / self.part_tokens
 
     @classmethod
     def of(cls, samples: Samples, most: int) -> _Longest:
@@ -167,7 +185,7 @@ class _Longest:
             part_tokens=sum(lengths[index] for index in indices),
             count=len(lengths),
             tokens=sum(lengths),
-            longest=max(lengths),
+            longest_lengths=tuple(heapq.nlargest(LONGEST, lengths)),
         )
 
 

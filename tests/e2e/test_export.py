@@ -104,6 +104,19 @@ def test_what_can_not_be_exported_is_named(daemon: Daemon, scene: Scene) -> None
     assert export(daemon, task.name).content
 
 
+def test_what_a_script_trains_without_is_said_beside_it(
+    daemon: Daemon, scene: Scene, ctl: Ctl
+) -> None:
+    """On stderr, so that the script itself can go into a pipe; YAML leaves nothing out."""
+    parameters = scene.parameters()
+    parameters.extensions.lora_init = "pissa"
+    name = daemon.create(parameters).display_name
+    script = ctl("task", "export-config", name, "--format", "script")
+    assert "warning: the script trains without extensions.lora_init = 'pissa'" in script.stderr
+    assert "warning" not in script.stdout
+    assert "warning" not in ctl("task", "export-config", name).stderr
+
+
 def test_no_file_is_overwritten_unasked(
     daemon: Daemon, scene: Scene, ctl: Ctl, tmp_path: Path
 ) -> None:
@@ -118,6 +131,7 @@ def test_no_file_is_overwritten_unasked(
     assert file.read_text() == "mine"
     assert ctl(*command, "--force").returncode == 0
     shown = ctl("task", "export-config", name, "--format", "script")
+    assert "warning" not in shown.stderr
     assert shown.stdout == file.read_text()
     assert not os.access(file, os.X_OK)
     assert ctl("task", "export-config", name, "--format", "toml").returncode == 2

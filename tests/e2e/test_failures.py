@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,34 @@ def test_a_fix_never_turns_back_what_was_changed_since(
     assert answer.returncode == 0, answer.stderr
     assert "training.batch_size was changed since" in answer.stdout
     assert daemon.wait(task.name, "COMPLETED").parameters.training.batch_size == 1
+
+
+def test_a_killed_runs_fix_is_its_newest_checkpoint_with_the_same_settings(
+    daemon: Daemon, scene: Scene, ctl: Callable[..., Any]
+) -> None:
+    """The kernel counted no kill for want of memory; without a checkpoint nothing has to change."""
+    for save_steps in (1, 0):
+        parameters = scene.play(steps=9, gated=True, save_steps=save_steps)
+        task = daemon.create(parameters, start=True)
+        with daemon.watch(task.name) as watch:
+            scene.let_pass(1)
+            watch.until_step(1)
+            os.kill(runs_of(daemon, task.name)[0].pid, signal.SIGKILL)
+            watch.until_end()
+        failed = daemon.get(task.name)
+        name, saved = failed.display_name, failed.last_checkpoint
+        assert bool(saved) == bool(save_steps)
+        command = f"finetunectl task start {name} --resume newest"
+        assert (command in ctl("task", "watch", name).stderr) == bool(saved)
+        content = json.loads(ctl("task", "fix", name, "--yes", "--json").stdout)
+        assert content["changes"] == (
+            [{"field": "data.resume_from_checkpoint", "old": None, "new": saved}] if saved else []
+        )
+        assert content["why"].startswith("the kernel had not run out of memory")
+        again = ctl("task", "fix", name, "--yes")
+        assert again.returncode == 0, again
+        assert "nothing to change" in again.stdout
+        assert ("the same settings will do" in again.stdout) == (not saved), "only what holds"
 
 
 def test_what_the_check_suggests_is_a_fix_of_a_task_that_can_not_be_started(

@@ -202,6 +202,11 @@ def test_a_folder_is_resumed_only_where_every_hash_is_right(daemon: Daemon, scen
     with pytest.raises(grpc.RpcError) as changed:
         start(daemon, task.name, resume_path=four.path)
     assert reason_of(changed.value) == (grpc.StatusCode.INVALID_ARGUMENT, "NOT_A_CHECKPOINT")
+    request = parameter_service_pb2.EstimateTaskRequest(task=task.name)
+    request.parameters.data.resume_from_checkpoint = four.path
+    with pytest.raises(grpc.RpcError) as planned:
+        daemon.parameters.EstimateTask(request)
+    assert reason_of(planned.value) == reason_of(changed.value), "a plan says what a start would"
 
 
 def test_weights_attached_at_the_beginning_are_not_attached_anew(
@@ -341,3 +346,7 @@ def test_a_resume_of_a_real_run_is_planned(real: Daemon, tmp_path: Path) -> None
     }
     rate = next(item for item in plan.items if item.field == "training.learning_rate")
     assert (rate.then.number_value, rate.now.number_value) == (1e-3, 5e-4)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    start(real, task.name, resume=NEWEST)
+    assert any(f"{config} was written to since" in text for text in notices(real, task.name, 2))

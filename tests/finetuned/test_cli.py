@@ -183,7 +183,9 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_in_a_like_task(
     read_until(process, "step 1")
     ctl("task", "stop", "halt", "--wait")
     _, err = process.communicate(timeout=60)
-    (hint,) = re.findall(r"finetunectl train --like halt --set (\S+)", err)
+    assert "finetunectl task start halt --resume newest" in err
+    stopped = json.loads(ctl("task", "show", "halt", "--json").stdout)
+    hint = f"data.resume_from_checkpoint={stopped['last_checkpoint']}"
     scene.play(steps=1)
     created = ctl("task", "create", "--like", "halt", "--set", hint, "--name", "more", "--json")
     assert created.returncode == 0, created.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -163,3 +164,33 @@ def test_a_templates_file_does_not_name_the_task(ctl: Run, scene: Scene, tmp_pat
     assert json.loads(ctl(*create).stdout)["display_name"] == "its own"
     (tmp_path / "task.yaml").write_text("kind: car\n")
     assert "must be task or template" in ctl(*create[:-1]).stderr
+
+
+def test_a_record_warns_of_files_that_are_not_those_of_its_run(
+    ctl: Run, scene: Scene, tmp_path: Path
+) -> None:
+    """By size, and where that is the same by hash; a record that says nothing is none."""
+    config = scene.model / "config.json"
+
+    def recorded(path: Path) -> dict[str, object]:
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        return {"name": path.name, "size": len(content), "sha256": digest}
+
+    record = {
+        "kind": "training_record",
+        "training_type": "sft",
+        "device": "cpu",
+        "parameters": {"data": {"model_path": str(scene.model), "train_file": str(scene.data)}},
+        "files": {"data.train_file": [recorded(scene.data)], "data.model_path": [recorded(config)]},
+    }
+    (tmp_path / "training_record.json").write_text(json.dumps(record))
+    same = ctl("check", "training_record.json")
+    assert (same.returncode, "of that run" in same.stderr) == (0, False), same.stderr
+    scene.data.write_bytes(scene.data.read_bytes().swapcase())
+    config.write_text(config.read_text() + "\n")
+    for command in ("check", "task create"):
+        other = ctl(*command.split(), "training_record.json")
+        chats = f"warning: data.train_file {scene.data.name} is not the file of that run (SHA-256"
+        assert chats in other.stderr, command
+        assert "warning: data.model_path config.json is not the file" in other.stderr, command

@@ -14,11 +14,14 @@ from daemon_process import Daemon
 from finetuned.cli.checkpoint import show_plan
 from finetuned.v1 import parameter_service_pb2 as parameter_service
 from finetuned.v1 import task_service_pb2
+from terminal import Terminal
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_checkpoints_are_listed_chosen_and_deleted(ctl: Run, daemon: Daemon, scene: Scene) -> None:
+def test_checkpoints_are_listed_chosen_and_deleted(
+    ctl: Run, on_terminal: Callable[..., Terminal], daemon: Daemon, scene: Scene
+) -> None:
     parameters = scene.play(steps=6, save_steps=2, eval_losses={"2": 0.25, "4": 0.5})
     task = daemon.create(parameters, start=True, task_id="some-task")
     daemon.wait(task.name, "COMPLETED")
@@ -39,6 +42,8 @@ def test_checkpoints_are_listed_chosen_and_deleted(ctl: Run, daemon: Daemon, sce
         daemon.wait(task.name, "COMPLETED")
         assert resumed(daemon, task.name) == folder
 
+    empty = ctl("task", "start", "some-task", "--resume", "")
+    assert (empty.returncode, empty.stdout) == (2, ""), "nothing is begun anew unasked"
     unknown = ctl("task", "start", "some-task", "--resume", "3")
     assert unknown.returncode == 2
     assert "no checkpoint of step 3; there are: 6" in unknown.stderr
@@ -48,6 +53,11 @@ def test_checkpoints_are_listed_chosen_and_deleted(ctl: Run, daemon: Daemon, sce
     assert "not whole" in broken.stdout
     assert "optimizer.pt is not what was written" in broken.stderr
 
+    asked = on_terminal("task", "delete-checkpoint", "some-task", "6")
+    asked.read_until("[y/N]")
+    assert ": the newest one?" in " ".join(asked.plain.split())
+    asked.type(b"n\n")
+    assert asked.end() == 1
     deleted = ctl("task", "delete-checkpoint", "some-task", "6", "--run", "1", "--yes")
     assert deleted.returncode == 0, deleted.stderr
     assert not Path(folder).with_name("checkpoint-6").exists()

@@ -165,7 +165,11 @@ def test_what_a_script_does_not_do_stands_at_its_top() -> None:
     about = ast.get_docstring(ast.parse(script_of("odd"))) or ""
     assert "extensions.lora_init = 'pissa'" in about
     assert "IT TRAINS WITHOUT IT" in about
+    assert "up to rounding" not in about
     assert "IT TRAINS WITHOUT IT" not in script_of("evaluated")
+    assert "up to rounding" in " ".join(script_of("full").split())
+    (left_out,) = export(settings("odd"), ConfigFormat.SCRIPT).left_out
+    assert left_out.startswith("extensions.lora_init = 'pissa' (")
 
 
 def test_a_script_without_model_or_data_is_refused() -> None:

@@ -132,6 +132,7 @@ def test_half_the_batch_keeps_the_samples_of_a_step(
             failure(EndReason.RUNNER_KILLED, device="cpu", may_be_memory=True),
             {"training.batch_size": 1, "training.gradient_accumulation_steps": 8},
         ),
+        (failure(EndReason.RUNNER_KILLED, was_killed=True), {}),
     ],
 )
 def test_the_mildest_fix_that_applies_is_chosen(found: Failure, values: dict[str, Any]) -> None:
@@ -163,6 +164,17 @@ def test_where_nothing_is_known_no_fix_is_invented(found: Failure) -> None:
     """There is a sentence on what to do by hand instead."""
     assert fix_of(found) is None
     assert advice_of(found.reason).zh
+
+
+def test_advice_on_precision_is_for_runs_in_fp16_alone() -> None:
+    """The CPU computes in float32 whatever is asked for, and weights and samples are left."""
+    in_fp16, in_float32 = (
+        advice_of(LOSS, in_fp16=failure(LOSS, device=device).in_fp16)
+        for device in ("cuda:0", "cpu")
+    )
+    assert "optimization.fp16" in in_fp16.en
+    assert "weights" in in_float32.en
+    assert not any("16" in text for text in (in_float32.en, in_float32.zh))
 
 
 def test_every_fix_is_within_the_ranges_until_none_is_left() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 
 from finetuned_daemon.dataset.report import Measured, MeasuredFile
 from finetuned_daemon.devices import Device, DeviceType
+from finetuned_daemon.measurements import Measurement
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.disk import saved_tokenizer_bytes
 from finetuned_daemon.planning.model_files import ModelFiles, ModelUnreadable, read_model
 from finetuned_daemon.planning.plan import Plan, make_plan
 from finetuned_daemon.planning.schedule import packed_rows
-from finetuned_daemon.runs.contract import TrainingType
+from finetuned_daemon.runs.contract import ProbeReport, TrainingType
 from tiny import make_model
 
 
@@ -40,7 +42,12 @@ def folder(tmp_path: Path) -> Path:
     return make_model(tmp_path / "model", hidden=128, layers=4)
 
 
-def plan(folder: Path, on: Device | None = None, **sections: dict[str, Any]) -> Plan:
+def plan(
+    folder: Path,
+    on: Device | None = None,
+    measurements: Sequence[Measurement] = (),
+    **sections: dict[str, Any],
+) -> Plan:
     data = {"model_path": str(folder), "output_dir": str(folder.parent / "a/b/c")}
     parameters = Parameters.model_validate(
         {**sections, "data": {**data, **sections.get("data", {})}}
@@ -52,6 +59,7 @@ def plan(folder: Path, on: Device | None = None, **sections: dict[str, Any]) -> 
         read_model(folder),
         Measured(exact=True, train=SAMPLES, evaluation=MeasuredFile(samples=7)),
         tokens_per_second=1000.0,
+        measurements=measurements,
     )
 
 
@@ -96,6 +104,35 @@ def test_memory_is_the_sum_of_its_parts_and_grows_with_what_costs_it(folder: Pat
     assert peak(folder, **small) < peak(
         folder, **{**small, "optimization": {"gradient_checkpointing": False}}
     )
+
+
+@pytest.mark.parametrize("knows_lengths", [True, False])
+def test_a_probe_corrects_by_what_its_own_samples_were(folder: Path, knows_lengths: bool) -> None:
+    """One that took what was planned for it changes no plan; an older one had the longest alone."""
+    training = {"batch_size": 4}
+    lengths = {"longest_lengths": (400, 9), "learned_share": 305 / 409}
+    report = {
+        "peak_memory_bytes": peak(folder, training=training),
+        "train_samples": SAMPLES.samples,
+        "longest_tokens": 400,
+        **(lengths if knows_lengths else {}),
+    }
+    others = {name: 1 for name in ProbeReport.model_fields if name not in {*report, *lengths}}
+    probe = Measurement(
+        time=1,
+        model="",
+        device="",
+        training_type=TrainingType.SFT,
+        parameters=Parameters.model_validate(
+            {"data": {"model_path": str(folder)}, "training": training}
+        ),
+        report=ProbeReport.model_validate(others | report),
+    )
+    found = plan(folder, measurements=[probe])
+    assert found.calibration is not None
+    assert not found.calibration.measured
+    off = found.peak_memory_bytes - found.calibration.planned_peak_memory_bytes
+    assert abs(off) <= 1 if knows_lengths else off < -10_000
 
 
 def test_a_batch_is_never_larger_than_the_data(folder: Path) -> None:

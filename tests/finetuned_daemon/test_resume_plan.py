@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetuned_daemon.errors import Severity
+from finetuned_daemon.checkpoints import notices_of
+from finetuned_daemon.errors import Severity, Violation
 from finetuned_daemon.parameters.models import SECTIONS, Parameters
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.runs.manifest import STATE_FILES, DataFile, FileEntry, Manifest
-from finetuned_daemon.validation.checkpoint import check_checkpoint
+from finetuned_daemon.validation.checkpoint import FILES_CHANGED, check_checkpoint
 from finetuned_daemon.validation.resume import TABLE, Effect, ResumePlan, plan_resume
 
 PATHS = [f"{section}.{name}" for section, model in SECTIONS.items() for name in model.model_fields]
@@ -175,6 +177,59 @@ def test_a_data_file_that_was_written_to_is_another_run(tmp_path: Path) -> None:
     assert "6 bytes" in item.message.en
 
 
+def test_a_model_that_was_changed_in_place_is_another_run(tmp_path: Path) -> None:
+    """Each file of the folder counts: one that is swapped for an older one of its size, too."""
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    for file in (weights, config):
+        file.write_text("{}")
+    now = parameters(data={"model_path": str(tmp_path)})
+    found = {f"data.model_path/{path.name}": DataFile.of(str(path)) for path in (weights, config)}
+    manifest = made_with(now, data_files=found)
+    assert changes(plan(manifest, now)) == {}
+    os.utime(weights, (1, 1))
+    result = plan(manifest, now)
+    assert changes(result) == {"data.model_path": Effect.DIFFERENT_RUN}
+    (item,) = [item for item in result.items if item.field == "data.model_path"]
+    assert "model.safetensors was written to since" in item.message.en
+
+
+def test_a_check_warns_of_files_that_are_not_those_of_the_checkpoint(tmp_path: Path) -> None:
+    chats, folder = tmp_path / "chats.jsonl", tmp_path / "checkpoint-40"
+    chats.write_text("{}")
+    data = {"train_file": str(chats), "resume_from_checkpoint": str(folder)}
+    now = parameters(data=data)
+    whole_checkpoint(folder, now, data_files={"data.train_file": DataFile.of(str(chats))})
+    assert list(check_checkpoint(now, TrainingType.SFT, None)) == []
+    chats.write_text("{}{}")
+    (found,) = check_checkpoint(now, TrainingType.SFT, None)
+    assert (found.field, found.reason) == ("data.train_file", FILES_CHANGED)
+    assert found.severity is Severity.WARNING
+    (notice,) = notices_of([found])
+    assert "chats.jsonl was written to since" in notice.message
+
+
+def test_a_checkpoint_at_the_end_is_said_to_have_nothing_left(tmp_path: Path) -> None:
+    """Before the data are read, too: 64 samples and 16 a step are 40 steps in 10 epochs."""
+    folder = tmp_path / "checkpoint-40"
+    data = {"resume_from_checkpoint": str(folder)}
+    steps = {"batch_size": 4, "gradient_accumulation_steps": 4}
+    found = dict[int, list[Violation]]()
+    for epochs in (9, 10, 11):
+        now = parameters(data=data, training={**steps, "num_train_epochs": epochs})
+        whole_checkpoint(folder, now, num_samples=64)
+        found[epochs] = list(check_checkpoint(now, TrainingType.SFT, None))
+        result = plan(made_with(now), now, total_steps=4 * epochs)
+        (schedule,) = [item for item in result.items if item.field == "schedule"]
+        assert ("nothing is left to train" in schedule.message.en) == (epochs < 11)
+    assert found[11] == []
+    for epochs in (9, 10):
+        (violation,) = found[epochs]
+        assert violation.reason == "NOTHING_LEFT_TO_TRAIN"
+        assert violation.severity is Severity.WARNING
+        assert f"ends at step {4 * epochs}: nothing is left" in violation.message.en
+        assert "raise training.num_train_epochs" in violation.message.en
+
+
 def test_another_number_of_samples_is_told_where_nothing_else_explains_it() -> None:
     now = parameters()
     assert changes(plan(made_with(now), now, samples=63)) == {
@@ -216,6 +271,16 @@ def test_what_the_plan_calls_impossible_a_check_refuses(
     data = {"resume_from_checkpoint": str(tmp_path)}
     now = parameters(data=data, **{section: {name: value}})
     assert changes(plan(made_with(then), now)) == {path: Effect.IMPOSSIBLE}
+    whole_checkpoint(tmp_path, then)
+    same = then.model_copy(update={"data": now.data})
+    assert list(check_checkpoint(same, TrainingType.SFT, None)) == []
+    found = list(check_checkpoint(now, TrainingType.SFT, None))
+    assert [violation.severity for violation in found] == [Severity.ERROR]
+
+
+def whole_checkpoint(folder: Path, then: Parameters, **facts: Any) -> None:
+    """A checkpoint of LoRA weights, as far as a check looks."""
+    folder.mkdir(exist_ok=True)
     files = dict.fromkeys(STATE_FILES, b"state")
     shape = {
         "r": then.lora.lora_r,
@@ -225,14 +290,10 @@ def test_what_the_plan_calls_impossible_a_check_refuses(
     files["adapter_config.json"] = json.dumps(shape).encode()
     files["adapter_model.safetensors"] = (2).to_bytes(8, "little") + b"{}"
     for file, content in files.items():
-        (tmp_path / file).write_bytes(content)
+        (folder / file).write_bytes(content)
     entries = {file: FileEntry(size=len(content), sha256="") for file, content in files.items()}
-    manifest = made_with(then, files=entries)
-    (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
-    same = then.model_copy(update={"data": now.data})
-    assert list(check_checkpoint(same, TrainingType.SFT, None)) == []
-    found = list(check_checkpoint(now, TrainingType.SFT, None))
-    assert [violation.severity for violation in found] == [Severity.ERROR]
+    manifest = made_with(then, files=entries, **{"num_samples": 6400} | facts)
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
 
 
 def test_every_impossible_row_is_among_those_that_a_check_was_seen_to_refuse() -> None:

@@ -181,3 +181,14 @@ def test_the_first_in_each_queue_starts_where_the_device_is_free() -> None:
     runs = queue(("cuda:0", r), ("cuda:0", q), ("cpu", q), ("cpu", q), ("cuda:1", q))
     assert [run.key for run in may_start(runs)] == [3, 5]
     assert [queue_position(run, runs) for run in runs] == [0, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("1", 1), ("3", 3), ("0", None), ("x", None)])
+def test_a_run_has_the_threads_that_the_daemon_was_started_with(monkeypatch, asked, expected):
+    """OMP_NUM_THREADS of whoever started the daemon holds, where it is a number of threads."""
+    from finetuned_daemon.runs import supervisor
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    usual = supervisor._num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert supervisor._num_threads() == (expected or usual)

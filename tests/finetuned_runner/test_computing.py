@@ -353,3 +353,21 @@ def test_packed_rows_hold_all_samples_once_and_none_is_too_long():
     sizes = [rows.place(index).length for index in range(len(rows))]
     assert max(sizes) <= 64
     assert len(rows) <= -(-sum(lengths) // 64) + 2
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_neox", "llama", "mamba"])
+def test_all_weights_of_a_checkpoint_come_back(tmp_path, family):
+    """Also where files name weights otherwise than modules do: experts, an older head."""
+    import torch
+
+    from finetuned_runner.model import restore
+
+    trained, model = make(family), make(family)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    trained.save_pretrained(str(tmp_path))
+    restore(model, tmp_path)
+    wanted = trained.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, wanted[name]), name

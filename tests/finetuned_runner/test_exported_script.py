@@ -21,6 +21,7 @@ from finetuned_runner.checkpoint import checkpoint_path
 from tiny import END_OF_TURN
 
 ROUNDING = 1e-4
+OUT = "out/script-t-run-1"
 LONG = {"num_train_epochs": 2, "learning_rate": 1e-2}
 
 
@@ -34,18 +35,25 @@ def script_of(run: Any, folder: Path) -> Path:
 
 def losses_of(folder: Path) -> dict[int, float]:
     """Losses by step that a script has left."""
-    state = json.loads((folder / "out/script/trainer_state.json").read_text())
+    state = json.loads((folder / OUT / "trainer_state.json").read_text())
     return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
 
 
 def play(run: Any, folder: Path) -> dict[int, float]:
     """Runs the exported script in this process; its losses by step."""
-    runpy.run_path(str(script_of(run, folder)), run_name="__main__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py"])
+        runpy.run_path(str(script_of(run, folder)), run_name="__main__")
     return losses_of(folder)
 
 
 CASES: dict[str, dict[str, Any]] = {
     "LoRA, one order": {"optimization": {"gradient_checkpointing": True}},
+    "LoRA+": {"extensions": {"loraplus_lr_ratio": 4.0}},
+    "4-bit weights, evaluated": {
+        "optimization": {"use_qlora": True},
+        "data": {"eval_ratio": 0.2},
+    },
     "all weights, marked template": {
         "template": "chatml_generation",
         "lora": {"use_lora": False},
@@ -71,7 +79,7 @@ def test_a_script_has_the_losses_of_the_run_at_every_step(shop: Any, case: str) 
     assert losses == pytest.approx(run.losses(), abs=ROUNDING)
     assert len(losses) > 6
     (weights,) = (run.output / "final").glob("*.safetensors")
-    ours, theirs = load_file(weights), load_file(shop.root / "out/script/final" / weights.name)
+    ours, theirs = load_file(weights), load_file(shop.root / OUT / "final" / weights.name)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert theirs[name] == pytest.approx(value, abs=1e-3), name
@@ -86,6 +94,29 @@ def test_a_script_is_a_program_of_its_own(shop: Any) -> None:
     assert losses_of(shop.root) == pytest.approx(run.losses(), abs=ROUNDING)
 
 
+def test_a_script_never_writes_over_what_is_there(shop: Any) -> None:
+    """A second start stops with a sentence, as one with an argument does."""
+    run = shop.make()
+    kept = shop.root / OUT / "checkpoint-1"
+    kept.mkdir(parents=True)
+    with pytest.raises(SystemExit, match="is not empty"):
+        play(run, shop.root)
+    functions = runpy.run_path(str(script_of(run, shop.root)))
+    main = functions["main"]
+    main.__globals__["RESUME_FROM_CHECKPOINT"] = str(kept.parent / "elsewhere/../checkpoint-1")
+
+    def set_seed(_: int) -> None:
+        sys.exit("went on")
+
+    main.__globals__["set_seed"] = set_seed
+    with pytest.raises(SystemExit, match="went on"):
+        main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", "--help"])
+        with pytest.raises(SystemExit, match="takes no arguments"):
+            runpy.run_path(str(script_of(run, shop.root)), run_name="__main__")
+
+
 def test_a_script_goes_on_from_a_checkpoint_of_a_run(shop: Any) -> None:
     """It takes up optimizer, schedule and place in the data: the losses are those that follow."""
     whole = shop.here(shop.make("whole", training={**LONG, "save_steps": 5}))
@@ -93,7 +124,7 @@ def test_a_script_goes_on_from_a_checkpoint_of_a_run(shop: Any) -> None:
     resumed = shop.make("resumed", training=LONG, data={"resume_from_checkpoint": str(checkpoint)})
     losses = play(resumed, shop.root)
     assert losses == pytest.approx(whole.losses(), abs=ROUNDING)
-    assert (shop.root / "out/script/final/adapter_model.safetensors").is_file()
+    assert (shop.root / OUT / "final/adapter_model.safetensors").is_file()
 
 
 def test_a_script_refuses_a_chat_whose_answers_it_can_not_find(shop: Any) -> None:

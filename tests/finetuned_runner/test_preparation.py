@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -113,22 +114,23 @@ def test_training_begins_before_all_tokens_are_made(shop, tmp_path, report, proc
 def test_other_data_templates_and_numbers_of_samples_are_not_taken_for_the_same(
     shop, tmp_path, report
 ):
-    """The cache goes by content: the same file elsewhere is found, any change is not."""
+    """The cache goes by content: any change makes another key."""
     from finetuned_runner.token_store import TokenCache
 
     file = many(tmp_path / "chats.jsonl", 4)
     model = shop.model()
     cache = TokenCache(tmp_path / "cache")
     options: dict[str, Any] = {"kind": "chats", "max_samples": 0}
-    key = cache.key(file, model, **options)
-    copy = tmp_path / "copy.jsonl"
-    copy.write_bytes(file.read_bytes())
-    assert cache.key(copy, model, **options) == key
+
+    def sha256(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    key = cache.key(sha256(file), model, **options)
     others = {
-        cache.key(many(tmp_path / "other.jsonl", 5), model, **options),
-        cache.key(file, shop.model("llama3"), **options),
-        cache.key(file, model, kind="chats", max_samples=2),
-        cache.key(file, model, kind="documents", max_samples=0),
+        cache.key(sha256(many(tmp_path / "other.jsonl", 5)), model, **options),
+        cache.key(sha256(file), shop.model("llama3"), **options),
+        cache.key(sha256(file), model, kind="chats", max_samples=2),
+        cache.key(sha256(file), model, kind="documents", max_samples=0),
     }
     assert len(others | {key}) == 5
 
@@ -149,6 +151,10 @@ def test_a_damaged_entry_is_made_anew_and_the_cache_keeps_its_size(
     with (entry / "tokens").open("r+b") as tokens:
         tokens.truncate(8)
     assert all_of(prepare(spec, report)[1]) == expected
+    damaged = bytearray((entry / "tokens").read_bytes())
+    damaged[40] ^= 1  # of the same length
+    (entry / "tokens").write_bytes(damaged)
+    assert all_of(prepare(spec, report)[1]) == expected
     os.utime(entry, (1, 1))
     monkeypatch.setattr(token_store, "CACHE_BYTES", 1)
     other = many(tmp_path / "other.jsonl", 9)
@@ -165,6 +171,26 @@ def test_a_damaged_entry_is_made_anew_and_the_cache_keeps_its_size(
         report,
     )
     assert not entry.exists()
+
+
+def test_what_dead_runs_left_in_the_cache_goes_and_a_cache_that_is_none_does_no_harm(
+    shop, tmp_path, report
+):
+    """Tokens of a killed run are removed by the next; without a cache a run goes on."""
+    cache = tmp_path / "cache"
+    dead, alive = cache / ".new-999999999-x", cache / f".new-{os.getpid()}-y"
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+    spec = shop.make(data={"train_file": str(many(tmp_path / "chats.jsonl", 8))}).spec
+    preparing, samples = prepare(spec.model_copy(update={"cache_dir": str(cache)}), report)
+    expected = all_of(samples)
+    assert (dead.exists(), alive.exists()) == (False, True)
+    preparing.close()
+    assert all_of(samples) == expected
+    (tmp_path / "file").touch()
+    for unusable in (tmp_path / "file", Path("/proc/none/cache")):
+        spec = spec.model_copy(update={"cache_dir": str(unusable)})
+        assert all_of(prepare(spec, report)[1]) == expected
 
 
 def test_a_doubtful_chat_ends_the_run_before_its_first_step(shop, tmp_path, processes):

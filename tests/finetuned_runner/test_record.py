@@ -16,7 +16,7 @@ from finetuned.cli.params import draft, read_file
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import EndReason, Evaluation, TrainingType
-from finetuned_runner.model_card import base_name
+from finetuned_runner.model_card import base_name, model_card
 from finetuned_runner.record import RECORD, TrainingRecord
 
 
@@ -197,3 +197,50 @@ def test_deleting_what_a_run_wrote_takes_card_and_record_along(run: Any) -> None
     final = next(entry for line in lines if (entry := json.loads(line))["name"] == "final")
     for name in (RECORD, "README.md"):
         assert final["files"][name] == (run.output / "final" / name).stat().st_mtime_ns
+
+
+@pytest.fixture(scope="module")
+def earlier(module_shop: Any) -> Path:
+    """A checkpoint of step 3, of a run that trained on `chats.jsonl`."""
+    saved = module_shop.make("earlier", training={"max_steps": 3, "save_steps": 3})
+    return Path(module_shop.here(saved).output, "checkpoint-3")
+
+
+@pytest.mark.parametrize(("max_steps", "is_idle"), [(5, False), (3, True)])
+def test_card_and_record_of_a_resumed_run_tell_what_is_the_checkpoints(
+    module_shop: Any, earlier: Path, max_steps: int, is_idle: bool
+) -> None:
+    """Who reads them takes nothing of the earlier run for the new data's doing."""
+    run = module_shop.make(
+        f"resumed-{max_steps}",
+        training={"max_steps": max_steps},
+        data={
+            "resume_from_checkpoint": str(earlier),
+            "train_file": str(module_shop.chats(16, name="more.jsonl")),
+        },
+    )
+    module_shop.here(run)
+    record = TrainingRecord.model_validate_json((run.output / "final" / RECORD).read_bytes())
+    assert record.resumed_from is not None
+    assert record.resumed_from.model_dump() == {
+        "checkpoint": "checkpoint-3",
+        "step": 3,
+        "data_files": {"data.train_file": "chats.jsonl"},
+    }
+    text = card(run)
+    assert "went on from `checkpoint-3`, a checkpoint at step 3" in text
+    assert "`chats.jsonl`" in text
+    assert str(earlier.parent) not in text
+    assert ("16 chats for training" in text) is not is_idle
+    assert ("trained on nothing of it" in text) is is_idle
+    assert ("| nothing: read for training | `more.jsonl`" in text) is is_idle
+    assert "in 0 epochs" not in text
+
+
+def test_a_card_writes_a_name_in_its_own_letters(record: TrainingRecord) -> None:
+    """A reader copies the snippet: escapes are no name of a model."""
+    data = record.parameters.data.model_copy(update={"model_path": "/models/größe-模型"})
+    parameters = record.parameters.model_copy(update={"data": data})
+    changed = record.model_copy(update={"parameters": parameters})
+    text = model_card(changed, is_adapter=True, name="final")
+    assert 'from_pretrained("größe-模型")' in text

@@ -74,6 +74,10 @@ def test_a_probe_of_packed_or_padded_rows_has_the_longest(shop, packing):
     )
     (report,) = shop.here(probe(run)).events(ProbeReport)
     assert report.longest_tokens > 100
+    lengths = report.longest_lengths
+    assert (len(lengths), lengths[0]) == (report.train_samples, report.longest_tokens)
+    assert list(lengths) == sorted(lengths, reverse=True)
+    assert 0.1 < report.learned_share < 0.9, "answers alone are learned"
     assert report.train_samples == 41 or packing
     assert report.tokens_per_second * report.seconds_per_step == pytest.approx(
         report.longest_tokens
@@ -86,6 +90,7 @@ def test_a_probe_of_pretraining_counts_all_weights(shop):
     assert run.result.end_reason is EndReason.PROBED, run.result
     (report,) = run.events(ProbeReport)
     assert report.seconds_per_evaluation == 0
+    assert report.learned_share == 1
     assert list(run.output.iterdir()) == []
 
 

@@ -101,6 +101,7 @@ def check(
     findings are on stderr.
     """
     from finetuned.cli.output import print_json_value
+    from finetuned.cli.recorded import warn_of_other_files
     from finetuned.cli.violations import as_json as violation_as_json
     from finetuned.cli.violations import print_violations, with_suggestions
 
@@ -110,6 +111,7 @@ def check(
             client, file, training_type, model, data, output, device, template, task, assignments
         )
         violations = _findings(client, question)
+    warn_of_other_files(question.wish, question.draft)
     grave = ("error", "warning") if strict else ("error",)
     is_bad = any(violation.severity in grave for violation in violations)
     fixed = _fixed(question, violations) if fix else None

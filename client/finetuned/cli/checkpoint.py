@@ -113,7 +113,8 @@ def delete_checkpoint(
         if not yes:
             command = task_command("delete-checkpoint", name, str(step), "--yes")
             size = bytes_text(found.size_bytes)
-            if not confirm(f"Delete {found.path} ({size})?", command):
+            marks = f": the {_marks(found)} one" if found.is_newest or found.is_best else ""
+            if not confirm(f"Delete {found.path} ({size}){marks}?", command):
                 say("nothing was deleted")
                 raise typer.Exit(Exit.FAILED)
         answer = client.delete_checkpoint(found.name)
@@ -141,13 +142,16 @@ def resume_of(client: Client, task: Task, text: str) -> str:
 
 def plan_resume(client: Client, task: Task, resume: str, as_json: bool) -> None:
     """Tell what a run of the task would be that goes on so, and start nothing."""
+    from finetuned._violations import from_messages
     from finetuned.cli.output import print_json
+    from finetuned.cli.violations import print_violations
 
     answer = client.estimate(task=task.name, resume=resume)
     if as_json:
         print_json(answer.resume_plan)
     elif answer.HasField("resume_plan"):
         show_plan(answer.resume_plan)
+        print_violations(from_messages(answer.violations), to_stderr=True)
     else:
         say("it would begin anew: choose a checkpoint by --resume")
 

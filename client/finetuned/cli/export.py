@@ -47,6 +47,8 @@ def export_config(
         raise refused([FieldViolation("--output", why, "FILE_EXISTS")])
     with settings(ctx).client() as client:
         exported = client.export_config(name, run=run, format=file_format)
+    for setting in exported.left_out:
+        say(f"warning: the script trains without {setting}")
     if file is not None and not to_stdout:
         file.write_text(exported.content, encoding="utf-8")
         say(f"{file} written")

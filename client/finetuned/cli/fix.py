@@ -139,7 +139,10 @@ def _plan(client: Client, task: Task) -> _Plan:
     if edited and any(not path.startswith("data.resume") for path in edited):
         why = f"{', '.join(edited)} was changed since the run failed; try it with that"
         return _Plan([], why, is_known=True)
-    return _Plan(_changes(task, wanted), advice_text(result.advice), is_known=True)
+    changes = _changes(task, wanted)
+    if wanted and not changes:
+        return _Plan([], "the task has what would likely mend it already", is_known=True)
+    return _Plan(changes, advice_text(result.advice), is_known=True)
 
 
 def _by_check(client: Client, task: Task) -> _Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ from finetuned._client import Client
 from finetuned.cli.curve import curve
 from finetuned.cli.failure import advice_text, evidence_rows, print_last_words
 from finetuned.cli.output import STATE_STYLES, print_pairs, reason_word, state_word
-from finetuned.cli.settings import Exit, say, task_command, task_word
+from finetuned.cli.settings import Exit, say, task_command
 from finetuned.cli.tracker import Tracker
 from finetuned.cli.view import choose
 from finetuned.v1.task_pb2 import EndReason, Task, TaskState, TrainingType
@@ -82,16 +81,13 @@ def _next_steps(task: Task, tracker: Tracker) -> Iterator[str]:
             yield "use it, in Python:"
             yield from (f"  {line}" for line in _load_lines(task, result.output_path))
         return
-    like = shlex.quote(task_word(task))
-    # What begins with a dash could be taken for an option of its own.
-    like = f"--like={like}" if task_word(task).startswith("-") else f"--like {like}"
     if result is not None and result.HasField("fix"):
         yield f"what would likely mend it: {task_command('fix', task, '--start')}"
     elif result is not None and result.HasField("advice"):
         yield advice_text(result.advice)
     if tracker.checkpoint:
-        resume = f"data.resume_from_checkpoint={shlex.quote(tracker.checkpoint)}"
-        yield f"go on from the checkpoint: finetunectl train {like} --set {resume}"
+        command = task_command("start", task, "--resume", "newest")
+        yield f"go on from the newest checkpoint: {command}"
     if tracker.state == TaskState.TASK_STATE_FAILED:
         yield f"its log: {task_command('logs', task)}"
     yield f"start it anew: {task_command('start', task, '--watch')}"

@@ -72,6 +72,8 @@ class Wish:
     template: str | None = None
     kind: str | None = None
     """`template`: the display name is a template's; empty or `task`: a task's."""
+    recorded_files: Any = None
+    """What the record of a run says of the files that were read."""
     sections: dict[str, Any] = field(default_factory=dict[str, Any])
     violations: list[FieldViolation] = field(default_factory=list[FieldViolation])
 
@@ -143,6 +145,7 @@ def read_file(path: Path) -> Wish:
     wish = Wish()
     document = cast("dict[str, Any]", content)
     if document.get("kind") == _RECORD:  # what a run leaves says more than what it was asked for
+        wish.recorded_files = document.get("files")
         document = {key: value for key, value in document.items() if key in _ASKED}
     nested: Any = document.pop("parameters", None)
     if not isinstance(nested, dict):

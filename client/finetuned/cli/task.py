@@ -168,9 +168,11 @@ def start(
     from finetuned.cli.follow import follow
     from finetuned.cli.output import print_json, state_word
 
+    if resume is not None and not resume.strip():
+        raise typer.BadParameter("newest, best, a step or a folder", param_hint="--resume")
     with settings(ctx).client() as client:
         before = client.get_task(name)
-        source = resume_of(client, before, resume) if resume else ""
+        source = resume_of(client, before, resume) if resume is not None else ""
         if plan:
             plan_resume(client, before, source, as_json)
             return

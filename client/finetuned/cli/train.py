@@ -156,6 +156,7 @@ def create(client: Client, options: Settings, wish: Wish, *, start: bool) -> Tas
     """
     from finetuned._launch import start_daemon
     from finetuned.cli.params import draft
+    from finetuned.cli.recorded import warn_of_other_files
 
     wish.for_task()
     plan = draft(wish)
@@ -164,6 +165,7 @@ def create(client: Client, options: Settings, wish: Wish, *, start: bool) -> Tas
         plan = draft_with_template(client, wish)
     if plan.violations:
         raise _everything_wrong(client, plan, start=start)
+    warn_of_other_files(wish, plan)
     if start and not options.json:
         _show_doubts(client, plan)
     return client.create_task(

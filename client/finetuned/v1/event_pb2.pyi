@@ -450,6 +450,8 @@ class ProbeReport(_message.Message):
     TRAIN_SAMPLES_FIELD_NUMBER: _builtins.int
     TRAIN_TOKENS_FIELD_NUMBER: _builtins.int
     LONGEST_TOKENS_FIELD_NUMBER: _builtins.int
+    LONGEST_LENGTHS_FIELD_NUMBER: _builtins.int
+    LEARNED_SHARE_FIELD_NUMBER: _builtins.int
     peak_memory_bytes: _builtins.int
     """Peak memory: of the GPU where it runs on one, with what CUDA itself takes; else resident memory of the process. In bytes."""
     memory_total_bytes: _builtins.int
@@ -482,6 +484,12 @@ class ProbeReport(_message.Message):
     """Real (not padding) tokens of these."""
     longest_tokens: _builtins.int
     """Tokens of the longest of these."""
+    learned_share: _builtins.float
+    """Of the tokens that the probe itself trained on, the share that is learned. Reports of earlier versions: 1 is assumed."""
+    @_builtins.property
+    def longest_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of the longest of these, longest first; at most 256. Reports of earlier versions have none."""
+
     def __init__(
         self,
         *,
@@ -501,10 +509,12 @@ class ProbeReport(_message.Message):
         train_samples: _builtins.int = ...,
         train_tokens: _builtins.int = ...,
         longest_tokens: _builtins.int = ...,
+        longest_lengths: _abc.Iterable[_builtins.int] | None = ...,
+        learned_share: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "disk_bytes", b"disk_bytes", "duration_seconds", b"duration_seconds", "evaluation_tokens_per_second", b"evaluation_tokens_per_second", "longest_tokens", b"longest_tokens", "memory_available_bytes", b"memory_available_bytes", "memory_total_bytes", b"memory_total_bytes", "peak_memory_bytes", b"peak_memory_bytes", "run_steps", b"run_steps", "seconds_per_checkpoint", b"seconds_per_checkpoint", "seconds_per_evaluation", b"seconds_per_evaluation", "seconds_per_step", b"seconds_per_step", "start_seconds", b"start_seconds", "tokens_per_second", b"tokens_per_second", "train_samples", b"train_samples", "train_tokens", b"train_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "disk_bytes", b"disk_bytes", "duration_seconds", b"duration_seconds", "evaluation_tokens_per_second", b"evaluation_tokens_per_second", "learned_share", b"learned_share", "longest_lengths", b"longest_lengths", "longest_tokens", b"longest_tokens", "memory_available_bytes", b"memory_available_bytes", "memory_total_bytes", b"memory_total_bytes", "peak_memory_bytes", b"peak_memory_bytes", "run_steps", b"run_steps", "seconds_per_checkpoint", b"seconds_per_checkpoint", "seconds_per_evaluation", b"seconds_per_evaluation", "seconds_per_step", b"seconds_per_step", "start_seconds", b"start_seconds", "tokens_per_second", b"tokens_per_second", "train_samples", b"train_samples", "train_tokens", b"train_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -572,7 +582,9 @@ class Result(_message.Message):
     """Last lines of the traceback or console, where it failed."""
     @_builtins.property
     def fix(self) -> _parameters_pb2.Parameters:
-        """Parameters that would likely mend it, as a patch of the task's. Absent where none is known. An empty text clears a parameter."""
+        """Parameters that would likely mend it, as a patch of the task's. Absent where none is known. An empty text clears a parameter.
+        An empty patch: to start it again is enough.
+        """
 
     @_builtins.property
     def evidence(self) -> Global___Evidence:

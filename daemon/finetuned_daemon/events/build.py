@@ -91,7 +91,7 @@ def result(
     )
     if explanation.evidence is not None:
         message.evidence.CopyFrom(event_pb2.Evidence(**vars(explanation.evidence)))
-    if explanation.fix:
+    if explanation.fix is not None:
         message.fix.CopyFrom(protos.patch_to_proto(explanation.fix))
     if explanation.advice != NOTHING:
         message.advice.en, message.advice.zh = explanation.advice.en, explanation.advice.zh

@@ -6,13 +6,12 @@ program.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from finetuned_daemon.errors import InvalidRequest, Violation
 from finetuned_daemon.export.document import document
-from finetuned_daemon.export.script import script
+from finetuned_daemon.export.script import left_out, script
 from finetuned_daemon.export.settings import Settings
 from finetuned_daemon.texts import Text
 
@@ -35,6 +34,8 @@ class Exported:
 
     name: str
     content: str
+    left_out: list[str] = field(default_factory=list[str])
+    """Settings that the file trains without, each as path, value and label."""
 
 
 def export(settings: Settings, file_format: ConfigFormat) -> Exported:
@@ -43,12 +44,11 @@ def export(settings: Settings, file_format: ConfigFormat) -> Exported:
     Raises:
         InvalidRequest: A script would lack its model, data or output folder.
     """
-    name = re.sub(r"[^\w-]+", "_", settings.task).strip("_") or "task"
-    stem = f"{name}-run-{settings.run}" if settings.run else name
+    stem = settings.file_stem
     if file_format is ConfigFormat.YAML:
         return Exported(f"{stem}.yaml", document(settings))
     missing = [path for path in _NEEDED if not settings.in_effect.get(path)]
     if missing:
         text = Text("is not set, and a script can't do without it", "尚未设置，脚本不能没有它")
         raise InvalidRequest([Violation(path, text, "REQUIRED") for path in missing])
-    return Exported(f"{stem}.py", script(settings))
+    return Exported(f"{stem}.py", script(settings), left_out(settings))

@@ -182,7 +182,48 @@ class EarlyStopping(TrainerCallback):
             control.should_training_stop = True
 '''
 
+LORA_PLUS = '''
+class LoraPlusTrainer(Trainer):
+    """LoRA+: the B matrices learn faster than the A matrices."""
+
+    def create_optimizer(self, model=None):
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        of_b = {id(p) for name, p in self.model.named_parameters() if ".lora_B." in name}
+        for group in list(optimizer.param_groups) if is_new else []:
+            fast = [p for p in group["params"] if id(p) in of_b]
+            if fast:
+                group["params"] = [p for p in group["params"] if id(p) not in of_b]
+                rate = group["lr"] * LORAPLUS_LR_RATIO
+                optimizer.add_param_group({**group, "params": fast, "lr": rate})
+        return optimizer
+'''
+
+START = """
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit("this script takes no arguments: its settings stand at its top")
+    main()
+"""
+
 # --- the steps of main()
+
+OWN_FOLDER = """
+output = Path(OUTPUT_DIR)
+if output.is_dir() and any(output.iterdir()):
+    sys.exit(f"{output} is not empty: move it away, or change OUTPUT_DIR")
+"""
+
+OWN_FOLDER_OR_RESUMED = """
+output = Path(OUTPUT_DIR)
+if output.is_dir() and any(output.iterdir()):
+    resumed = Path(RESUME_FROM_CHECKPOINT or "/").resolve()
+    if output.resolve() not in resumed.parents:
+        sys.exit(
+            f"{output} is not empty: move it away, change OUTPUT_DIR, or go on from a "
+            "checkpoint in it with RESUME_FROM_CHECKPOINT"
+        )
+"""
 
 MAX_LENGTH = """
 positions = getattr(model.config, "max_position_embeddings", None) or MAX_SEQ_LENGTH
@@ -196,6 +237,13 @@ quantization = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=dtype,
 )
+"""
+
+FOUR_BITS_ON_CPU = """
+# To evaluate, some CPUs would pack the weights in an order in which they can't be trained.
+for module in model.modules():
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 """
 
 PEFT_FILE = """

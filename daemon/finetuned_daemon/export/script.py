@@ -90,6 +90,7 @@ _ELSEWHERE = frozenset(
         "optimization.gradient_checkpointing",
         "logging.log_level",
         "extensions.attn_implementation",
+        "extensions.loraplus_lr_ratio",
     }
 )
 
@@ -121,6 +122,11 @@ def script(settings: Settings) -> str:
     return _Script(settings).text()
 
 
+def left_out(settings: Settings) -> list[str]:
+    """Settings that the script trains without, each as path, value and label."""
+    return _Script(settings).left_out()
+
+
 class _Script:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -131,6 +137,7 @@ class _Script:
         data, training = self._parameters.data, self._parameters.training
         self._evaluates = training.eval_strategy != "no" and bool(data.eval_file or data.eval_ratio)
         self._attaches = self._has_lora and data.attach_lora
+        self._speeds_up_b = self._has_lora and bool(self._parameters.extensions.loraplus_lr_ratio)
         self._on_gpu = settings.device != "cpu"
         self._values = self._effective()
 
@@ -154,7 +161,7 @@ class _Script:
         if not self._on_gpu:
             idle.add("data.dataloader_pin_memory")
         # Off, and not worth a line.
-        for path in ("data.resume_from_checkpoint", "lora.peft_config_path", "data.max_samples"):
+        for path in ("lora.peft_config_path", "data.max_samples"):
             if not values.get(path):
                 idle.add(path)
         for path, value in values.items():
@@ -169,7 +176,7 @@ class _Script:
 
     def text(self) -> str:
         """The program."""
-        main = [*self._load(), *self._read(), *self._train(), *self._save()]
+        main = [*self._begin(), *self._load(), *self._read(), *self._train(), *self._save()]
         functions = [pieces.READ_RECORDS]
         if self._is_sft:
             functions += [pieces.READ_CHAT, pieces.ENCODE_CHAT]
@@ -178,13 +185,15 @@ class _Script:
         functions.append(pieces.PAD)
         if self._has("training.early_stopping_patience"):
             functions.append(pieces.EARLY_STOPPING)
+        if self._speeds_up_b:
+            functions.append(pieces.LORA_PLUS)
         body = "\n\n".join(indent(step.strip("\n"), "    ") for step in main)
         program = "\n\n\n".join(
             [
                 self._settings_text(),
                 "# --- data\n\n\n" + "\n\n\n".join(piece.strip("\n") for piece in functions),
                 f"# --- training\n\n\ndef main():\n{body}",
-                'if __name__ == "__main__":\n    main()\n',
+                pieces.START.lstrip("\n"),
             ]
         )
         number = self._settings.device.partition(":")[2] or "0"
@@ -198,10 +207,11 @@ class _Script:
             packages = "torch and transformers (5.16 or newer)"
         if needs_bitsandbytes(self._parameters):
             packages += ", and bitsandbytes"
-        about = (
-            f"It needs {packages}, and nothing else. With the same versions and device it has the "
-            "losses of that run up to rounding."
-        )
+        about = f"It needs {packages}, and nothing else."
+        if not self.left_out() and not self._draws_noise:
+            about += (
+                " With the same versions and device it has the losses of that run up to rounding."
+            )
         lines = [
             f'"""Trains as {origin} does.',
             "",
@@ -219,7 +229,6 @@ class _Script:
 
     def _missing(self) -> list[str]:
         """What the run does and the script does not."""
-        known = {*_ARGUMENTS, *_LORA, *_ELSEWHERE}
         missing = list[str]()
         if self._parameters.training.save_strategy != "no":
             minutes = self._parameters.training.save_interval_minutes
@@ -230,7 +239,7 @@ class _Script:
                 "keeping the best checkpoint beyond training.save_total_limit",
             ]
         missing.append("a stop that saves: Ctrl-C loses what came after the last checkpoint")
-        if self._values.get("lora.lora_dropout") or self._has("extensions.neftune_noise_alpha"):
+        if self._draws_noise:
             missing.append(
                 "the same random numbers for dropout and noise: they come in other order"
             )
@@ -238,13 +247,22 @@ class _Script:
             missing.append(
                 "an evaluation loss per token: transformers takes the mean of the batches' means"
             )
-        known.add("training.save_interval_minutes")
-        missing += [
-            f"{path} = {value!r} ({label_of(path)}): IT TRAINS WITHOUT IT"
+        return missing + [f"{what}: IT TRAINS WITHOUT IT" for what in self.left_out()]
+
+    @property
+    def _draws_noise(self) -> bool:
+        return bool(
+            self._values.get("lora.lora_dropout") or self._has("extensions.neftune_noise_alpha")
+        )
+
+    def left_out(self) -> list[str]:
+        """Settings that it trains without."""
+        known = {*_ARGUMENTS, *_LORA, *_ELSEWHERE, "training.save_interval_minutes"}
+        return [
+            f"{path} = {value!r} ({label_of(path)})"
             for path, value in self._values.items()
             if path not in known and value != default_of(path)
         ]
-        return missing
 
     # --- settings
 
@@ -253,6 +271,8 @@ class _Script:
         shown = {*_ARGUMENTS, *_LORA, *_ELSEWHERE} - _NO_CONSTANT
         for path, value in self._values.items():
             if path in shown:
+                if path == "data.output_dir":
+                    value = f"{value.rstrip('/')}/script-{self._settings.file_stem}"
                 lines += _constant(path, value)
         if self._attaches:
             data = self._parameters.data
@@ -279,6 +299,11 @@ class _Script:
         return lines
 
     # --- model
+
+    def _begin(self) -> list[str]:
+        if self._attaches:
+            return [pieces.OWN_FOLDER]
+        return [pieces.OWN_FOLDER_OR_RESUMED]
 
     def _load(self) -> list[str]:
         base = "MODEL_PATH"
@@ -317,6 +342,8 @@ if not Path(base, "config.json").is_file():  # a folder of LoRA weights alone
             inside = "".join(f"    {option},\n" for option in (base, *options))
             call = f"AutoModelForCausalLM.from_pretrained(\n{inside})"
         steps.append(f"{load}\nmodel = {call}\nuse_cache = model.config.use_cache")
+        if self._has_four_bits:
+            steps.append(pieces.FOUR_BITS_ON_CPU)
         steps.append(pieces.MAX_LENGTH)
         if self._has_lora:
             steps.append(self._add_lora())
@@ -375,10 +402,11 @@ if not Path(base, "config.json").is_file():  # a folder of LoRA weights alone
         arguments.append("remove_unused_columns=False")
         inside = "".join(f"    {argument},\n" for argument in arguments)
         stop = "    callbacks=[EarlyStopping()],\n"
-        resumes = self._has("data.resume_from_checkpoint") and not self._attaches
+        resumes = not self._attaches
+        kind = "LoraPlusTrainer" if self._speeds_up_b else "Trainer"
         return [
             f"arguments = TrainingArguments(\n{inside})",
-            "trainer = Trainer(\n"
+            f"trainer = {kind}(\n"
             "    model=model,\n"
             "    args=arguments,\n"
             "    data_collator=partial(pad, pad_id=pad_id),\n"
@@ -422,8 +450,6 @@ if GRADIENT_CHECKPOINTING:
 
 def _constant(path: str, value: Any) -> list[str]:
     name = path.partition(".")[2].upper()
-    if path == "data.output_dir" and value:
-        value = f"{value.rstrip('/')}/script"
     line = f"{name} = {_literal(value)}"
     if len(line) > _WIDTH and isinstance(value, list):
         line = f"{name} = [\n" + "".join(f"    {_literal(item)},\n" for item in value) + "]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,12 @@ class Settings:
         task = f'task "{self.task.replace(chr(34), chr(39))}"'
         whose = f"run {self.run} of {task}" if self.run else task
         return "".join(c if c.isprintable() else " " for c in whose).replace("\\", "/")
+
+    @property
+    def file_stem(self) -> str:
+        """What a file of them is called, without its suffix."""
+        name = re.sub(r"[^\w-]+", "_", self.task).strip("_") or "task"
+        return f"{name}-run-{self.run}" if self.run else name
 
     @cached_property
     def in_effect(self) -> dict[str, Any]:

@@ -49,7 +49,12 @@ def calibrated_memory(
     except ModelUnreadable:  # its PEFT configuration has gone since
         return memory
     planned = plan_memory(
-        known.parameters, setup, [report.longest_tokens], report.train_samples, runtime_bytes
+        known.parameters,
+        setup,
+        report.longest_lengths or [report.longest_tokens],
+        report.train_samples,
+        runtime_bytes,
+        learned_share=report.learned_share,
     )
     runtime = planned.parts["runtime"]
     off = (report.peak_memory_bytes - runtime) / max(1, planned.peak_bytes - runtime)

@@ -311,6 +311,8 @@ class ProbeReport(_Record):
     train_samples: int
     train_tokens: int
     longest_tokens: int
+    longest_lengths: tuple[int, ...] = ()
+    learned_share: float = 1.0
 
 
 class Notice(_Record):

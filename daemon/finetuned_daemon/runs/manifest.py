@@ -17,6 +17,11 @@ MANIFEST_VERSION = 1
 STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 """What a run can't be continued exactly without; the weights' names vary."""
 
+MODEL_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+"""Where both kinds are there, the first is read."""
+MODEL_SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Configuration and tokenizer."""
+
 OUTPUTS = "outputs.jsonl"
 """File of the run folder: one `WrittenFolder` a line, durable before the folder has its name."""
 
@@ -36,7 +41,7 @@ class FileEntry(_Record):
 
 
 class DataFile(_Record):
-    """A data file as the run found it: enough to tell whether it was changed since."""
+    """A file of data or model as the run found it: enough to tell whether it was changed since."""
 
     path: str
     size: int
@@ -81,7 +86,10 @@ class Manifest(_Record):
     parameters: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """The parameters of its run, by section and name; empty: not known."""
     data_files: dict[str, DataFile] = Field(default_factory=dict)
-    """The data files of its run, by the parameter that names them."""
+    """The files that its run read, by the parameter that names them.
+
+    Those of a folder by parameter and name, as `data.model_path/config.json`.
+    """
     num_samples: int = 0
     """Samples trained on in an epoch; 0: not known."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
@@ -109,3 +117,11 @@ class WrittenFolder(_Record):
     """`st_dev` of the output folder."""
     inode: int
     """`st_ino` of the output folder: another one of the same name is somebody else's."""
+
+
+def model_files(folder: Path, *, weights: bool = True) -> list[Path]:
+    """The files in the folder of a model that a run can read: with `weights`, or the tokenizer."""
+    found = sorted(path for kind in MODEL_SETTINGS for path in folder.glob(kind))
+    if not weights:
+        return found
+    return found + next(filter(None, (sorted(folder.glob(kind)) for kind in MODEL_WEIGHTS)), [])

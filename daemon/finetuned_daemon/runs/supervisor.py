@@ -356,8 +356,12 @@ def _remove_leftovers(output_dir: Path) -> None:
 def _num_threads() -> int:
     """OpenMP threads of a run.
 
-    The cores that this process may use, hyperthreads not counted twice.
+    As many as `OMP_NUM_THREADS` says where the daemon was started with it; else the cores that this
+    process may use, hyperthreads not counted twice.
     """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
     usable = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

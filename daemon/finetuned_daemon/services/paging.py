@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 from finetuned_daemon.errors import InvalidRequest, Violation
 from finetuned_daemon.texts import Text
 
@@ -19,12 +22,30 @@ def check_page_size(size: int) -> list[Violation]:
     return [Violation("page_size", text, "OUT_OF_RANGE")]
 
 
-def page_token(token: str, violations: list[Violation]) -> int:
-    """The number in a page token, 0 for none; adds a violation where it is not one of ours."""
+_Item = TypeVar("_Item")
+
+
+def next_page_token(
+    of: str, found: Sequence[_Item], size: int, place: Callable[[_Item], int]
+) -> str:
+    """The token of the page behind the first `size` of what was found; empty: that is all.
+
+    Args:
+        of: Tells the lists apart.
+        found: One more than a page, where there are more.
+        size: Of a page.
+        place: Of an item in the list, by which it goes on.
+    """
+    return f"{of}-{place(found[size - 1])}" if len(found) > size else ""
+
+
+def page_token(of: str, token: str, violations: list[Violation]) -> int:
+    """The place in a page token, 0 for none; adds a violation where it is not of this list."""
     if not token:
         return 0
-    if token.isascii() and token.isdigit() and len(token) < 19 and int(token) > 0:
-        return int(token)
+    kind, _, number = token.partition("-")
+    if kind == of and number.isascii() and number.isdigit() and 0 < len(number) < 19:
+        return int(number)
     text = Text("must be the next_page_token of an answer", "必须是某个应答中的 next_page_token")
     violations.append(Violation("page_token", text, "BAD_PAGE_TOKEN"))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from finetuned_daemon.tasks import Task
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import errors
+from finetuned_daemon.validation.checkpoint import check_hashes
 from finetuned_daemon.validation.judge import Judge
 
 _Context = aio.ServicerContext[Any, Any]
@@ -88,6 +90,9 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
         )
         if judgement.errors:
             raise InvalidRequest(judgement.errors)
+        broken = await asyncio.to_thread(check_hashes, judgement.resolved, asked.training_type)
+        if broken:  # a start would refuse it
+            raise InvalidRequest(broken)
         estimate = await self._planner.estimate(judgement, asked.training_type)
         return convert.estimate(estimate, language(context))
 

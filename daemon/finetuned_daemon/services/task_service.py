@@ -21,6 +21,7 @@ from finetuned_daemon.services.edge import language
 from finetuned_daemon.services.paging import (
     check_page_size,
     negative,
+    next_page_token,
     not_negative,
     page_token,
 )
@@ -83,7 +84,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
                 )
             else:
                 states.append(state)
-        before_key = page_token(request.page_token, violations)
+        before_key = page_token("tasks", request.page_token, violations)
         if violations:
             raise InvalidRequest(violations)
         size = request.page_size or 100
@@ -95,7 +96,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         )
         return task_service_pb2.ListTasksResponse(
             tasks=[self._encode(task) for task in tasks[:size]],
-            next_page_token=str(tasks[size - 1].key) if len(tasks) > size else "",
+            next_page_token=next_page_token("tasks", tasks, size, lambda task: task.key),
         )
 
     async def UpdateTask(  # noqa: N802, D102
@@ -188,7 +189,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         self, request: task_service_pb2.ListRunsRequest, context: _Context
     ) -> task_service_pb2.ListRunsResponse:
         violations = check_page_size(request.page_size)
-        before = page_token(request.page_token, violations)
+        before = page_token("runs", request.page_token, violations)
         if violations:
             raise InvalidRequest(violations)
         task = self._manager.get(request.parent)
@@ -196,14 +197,14 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         runs = self._manager.records.runs(task.key, limit=size + 1, before_number=before)
         return task_service_pb2.ListRunsResponse(
             runs=[convert.run(run, task) for run in runs[:size]],
-            next_page_token=str(runs[size - 1].number) if len(runs) > size else "",
+            next_page_token=next_page_token("runs", runs, size, lambda run: run.number),
         )
 
     async def ListCheckpoints(  # noqa: N802, D102
         self, request: task_service_pb2.ListCheckpointsRequest, context: _Context
     ) -> task_service_pb2.ListCheckpointsResponse:
         violations = check_page_size(request.page_size)
-        before = page_token(request.page_token, violations)
+        before = page_token("checkpoints", request.page_token, violations)
         if violations:
             raise InvalidRequest(violations)
         task = self._manager.get(request.parent)
@@ -212,7 +213,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         size = request.page_size or 100
         return task_service_pb2.ListCheckpointsResponse(
             checkpoints=[convert.checkpoint(c, task, language(context)) for c in found[:size]],
-            next_page_token=str(_place(found[size - 1])) if len(found) > size else "",
+            next_page_token=next_page_token("checkpoints", found, size, _place),
         )
 
     async def DeleteCheckpoint(  # noqa: N802, D102
@@ -258,7 +259,9 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             ),
             convert.config_format(request.format),
         )
-        return task_service_pb2.ExportTaskConfigResponse(file_name=file.name, content=file.content)
+        return task_service_pb2.ExportTaskConfigResponse(
+            file_name=file.name, content=file.content, left_out=file.left_out
+        )
 
     def _encode(self, task: Task) -> task_pb2.Task:
         return convert.task(task, self._manager.queue_position(task))

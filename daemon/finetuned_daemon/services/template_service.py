@@ -56,7 +56,7 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
         self, request: template_service_pb2.ListTemplatesRequest, context: _Context
     ) -> template_service_pb2.ListTemplatesResponse:
         violations = check_page_size(request.page_size)
-        start = page_token(request.page_token, violations)
+        start = page_token("templates", request.page_token, violations)
         training_type = convert.training_type(request.training_type)
         if request.training_type and training_type is None:
             text = Text(
@@ -70,7 +70,7 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
         end = start + (request.page_size or 100)
         return template_service_pb2.ListTemplatesResponse(
             templates=[convert.template(template) for template in templates[start:end]],
-            next_page_token=str(end) if end < len(templates) else "",
+            next_page_token=f"templates-{end}" if end < len(templates) else "",
         )
 
     async def UpdateTemplate(  # noqa: N802, D102

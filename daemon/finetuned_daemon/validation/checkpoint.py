@@ -25,9 +25,17 @@ from finetuned_daemon.runs.manifest import MANIFEST, STATE_FILES, Manifest
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.extensions import as_begun, check_resumed
 from finetuned_daemon.validation.paths import check_file, check_folder, read_json
+from finetuned_daemon.validation.resume import (
+    NOTHING_TRAINED,
+    Effect,
+    ResumeItem,
+    changed_files,
+    known_end,
+)
 
 _FIELD = "data.resume_from_checkpoint"
 ADAPTER_CONFIG = "adapter_config.json"
+FILES_CHANGED = "FILES_CHANGED_SINCE_CHECKPOINT"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _MOST_WHOLE = 1000
@@ -56,7 +64,8 @@ def check_checkpoint(
         return
     is_sft = training_type is TrainingType.SFT
     yield from _check_shape(p, folder, model, trains_lora=trains_lora, is_sft=is_sft)
-    yield from _check_progress(p, folder)
+    yield from _check_progress(p, folder, training_type)
+    yield from _check_files(p, folder, training_type)
 
 
 def check_hashes(p: Parameters, training_type: TrainingType) -> list[Violation]:
@@ -286,7 +295,27 @@ def _check_shape(
     yield from _check_base(_FIELD, p, made, folder, model)
 
 
-def _check_progress(p: Parameters, folder: Path) -> Iterator[Violation]:
+def _check_files(p: Parameters, folder: Path, training_type: TrainingType) -> Iterator[Violation]:
+    """Data and model files that are not what the checkpoint was made with: one finding for each."""
+    by_field = dict[str, list[ResumeItem]]()
+    for item in changed_files(read_manifest(folder), p, training_type):
+        by_field.setdefault(item.field, []).append(item)
+    for field, items in by_field.items():
+        is_other = items[0].effect is Effect.DIFFERENT_RUN
+        yield Violation(
+            field,
+            Text(
+                f"is not as {folder} was made with: {'; '.join(i.message.en for i in items)}",
+                f"与 {folder} 训练时不同：{'；'.join(i.message.zh for i in items)}",
+            ),
+            FILES_CHANGED,
+            Severity.WARNING if is_other else Severity.NOTICE,
+        )
+
+
+def _check_progress(
+    p: Parameters, folder: Path, training_type: TrainingType
+) -> Iterator[Violation]:
     """The optimizer that the checkpoint is of, and whether anything is left to do."""
     manifest = Manifest.model_validate(read_json(folder / MANIFEST))
     optimizer = effective_optimizer(p)
@@ -302,8 +331,9 @@ def _check_progress(p: Parameters, folder: Path) -> Iterator[Violation]:
             suggested=manifest.optimizer,
             suggested_field="training.optimizer",
         )
-    if 0 < p.training.max_steps <= manifest.step:
-        yield nothing_left(manifest.step, p.training.max_steps)
+    end = known_end(manifest, p, training_type)
+    if 0 < end <= manifest.step:
+        yield nothing_left(manifest.step, end)
 
 
 def nothing_left(step: int, total_steps: int) -> Violation:
@@ -311,8 +341,8 @@ def nothing_left(step: int, total_steps: int) -> Violation:
     return Violation(
         _FIELD,
         Text(
-            f"is of step {step}, and the run ends at step {total_steps}: nothing is left to train",
-            f"位于第 {step} 步，而训练在第 {total_steps} 步结束：没有剩余的训练",
+            f"is of step {step}, and the run ends at step {total_steps}: {NOTHING_TRAINED.en}",
+            f"位于第 {step} 步，而训练在第 {total_steps} 步结束：{NOTHING_TRAINED.zh}",
         ),
         "NOTHING_LEFT_TO_TRAIN",
         Severity.WARNING,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ def starts_with(path: Path, magic: bytes) -> bool:
 def read_json(path: Path) -> Any:
     """The JSON in a file; None where there is none that can be read."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
+        found = path.stat()
+        # A pipe would be waited for.
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_JSON:
             return None
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

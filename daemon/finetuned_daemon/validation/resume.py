@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.parameters.needs import effective_optimizer, in_effect
+from finetuned_daemon.planning.schedule import plan_schedule
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.runs.manifest import DataFile, Manifest
 from finetuned_daemon.texts import Text
@@ -202,6 +203,13 @@ TABLE: dict[str, Row] = {
     ),
 }
 
+NOTHING_TRAINED = Text(
+    "nothing is left to train, and its weights are the result; raise training.num_train_epochs or "
+    "training.max_steps",
+    "没有剩余的训练，其权重就是结果；请增大 training.num_train_epochs 或 training.max_steps",
+)
+"""Of a checkpoint at the end of the run, or beyond."""
+
 _CONSTANT = frozenset({"constant", "constant_with_warmup"})
 _OTHER_POSITION = frozenset(path for path, row in TABLE.items() if row in (_DATA, _BATCH)) | {
     "general.seed"
@@ -254,6 +262,28 @@ def plan_resume(
     )
 
 
+def changed_files(
+    manifest: Manifest, now: Parameters, training_type: TrainingType
+) -> list[ResumeItem]:
+    """The files of data and model that were written to since, under the same names."""
+    then = _made_with(manifest)
+    found = [] if then is None else _changes(manifest, then, now, training_type)
+    # Another value of a parameter is the user's will, and comes with both values.
+    return [item for item in found if item.then is None and item.now is None]
+
+
+def known_end(manifest: Manifest, now: Parameters, training_type: TrainingType) -> int:
+    """Step at which a run that goes on ends, without reading the data; 0: not known."""
+    if now.training.max_steps > 0:
+        return now.training.max_steps
+    then = _made_with(manifest)
+    if then is None or not manifest.num_samples:
+        return 0
+    if any(item.field in _SAMPLES for item in _changes(manifest, then, now, training_type)):
+        return 0
+    return plan_schedule(now.training, manifest.num_samples, evaluates=False).total_steps
+
+
 def _made_with(manifest: Manifest) -> Parameters | None:
     """The parameters of a checkpoint's run; None where they are not known."""
     if not manifest.parameters:
@@ -277,8 +307,10 @@ def _changes(
         if there != here:
             effect = _effect(path, row.effect, then, now)
             yield ResumeItem(path, effect, row.message, there, here)
-        elif path in manifest.data_files and there:
-            yield from _file_changed(path, manifest.data_files[path])
+        elif there:
+            for key, file in manifest.data_files.items():
+                if key.partition("/")[0] == path:
+                    yield from _file_changed(path, file)
 
 
 def _effect(path: str, effect: Effect, then: Parameters, now: Parameters) -> Effect:
@@ -325,6 +357,9 @@ def _what_goes_on(
     if manifest.total_steps not in (0, total_steps):
         then = f"; it was made for {manifest.total_steps}"
         planned = f"；当时计划 {manifest.total_steps} 步"
+    over = Text("", "")
+    if step >= total_steps:
+        over = Text(f": {NOTHING_TRAINED.en}", f"：{NOTHING_TRAINED.zh}")
     tokens = f"{manifest.num_tokens:,}"
     passes = f"{epoch:.2f} passes over the data; " if epoch else ""
     passed = f"已遍历数据 {epoch:.2f} 遍；" if epoch else ""
@@ -332,8 +367,8 @@ def _what_goes_on(
         "weights": Text(f"as they were at step {step}", f"与第 {step} 步时相同"),
         "optimizer": Text(f"the state of {optimizer}", f"{optimizer} 的状态"),
         "schedule": Text(
-            f"at step {step} of {total_steps}{then}",
-            f"位于第 {step} 步，共 {total_steps} 步{planned}",
+            f"at step {step} of {total_steps}{then}{over.en}",
+            f"位于第 {step} 步，共 {total_steps} 步{planned}{over.zh}",
         ),
         "random_state": Text("all random generators", "所有随机数生成器"),
         "tokens": Text(f"counted on from {tokens}", f"从 {tokens} 继续计数"),
