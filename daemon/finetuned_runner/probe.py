@@ -9,13 +9,13 @@ import importlib
 import importlib.util
 import os
 import platform
-import resource
 import signal
 import sys
 from typing import Any
 
 from finetuned_daemon.environment.probe import Probe, ProbedDevice
 from finetuned_runner.environment import FIXED, prepare_bitsandbytes
+from finetuned_runner.resident import peak_resident_bytes
 
 _DEADLINE_SECONDS = 120
 """A driver that hangs must not leave a process behind whose daemon is gone."""
@@ -60,7 +60,7 @@ def _look() -> Probe:
             model_types = tuple(sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
         # The recipes, with all that a run imports.
         seen.take("finetuned_runner.sft", of="finetuned")
-        runtime_bytes = 0 if seen.failures else _peak_bytes()
+        runtime_bytes = 0 if seen.failures else peak_resident_bytes()
         if is_installed:
             del sys.modules[_BITSANDBYTES]
             has_bitsandbytes = _has_bitsandbytes(torch, seen)
@@ -75,12 +75,6 @@ def _look() -> Probe:
         model_types=model_types,
         runtime_bytes=runtime_bytes,
     )
-
-
-def _peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Imports:

@@ -33,6 +33,7 @@ from finetuned_daemon.runs.manifest import MANIFEST, STATE_FILES, Manifest
 from finetuned_runner.control import Watch
 from finetuned_runner.model import Model
 from finetuned_runner.report import Report
+from finetuned_runner.resident import peak_resident_bytes
 from finetuned_runner.samples import IGNORED, Part, Samples
 from finetuned_runner.trainer import RunTrainer
 
@@ -231,23 +232,14 @@ class _Memory:
         if device == "cpu":
             memory = psutil.virtual_memory()
             rss = psutil.Process().memory_info().rss
-            return cls(_peak_resident(), memory.total, min(memory.total, memory.available + rss))
+            return cls(
+                peak_resident_bytes(), memory.total, min(memory.total, memory.available + rss)
+            )
         free, total = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
         # CUDA's own share, and on a GPU that others use theirs, which the run has to do without.
         besides = max(0, total - free - reserved)
         return cls(besides + torch.cuda.max_memory_reserved(), total, free + reserved)
-
-
-def _peak_resident() -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def _resume_step(parameters: Parameters) -> int:

@@ -54,6 +54,18 @@ def test_a_watcher_is_told_of_an_edit_and_misses_no_number(daemon: Daemon, scene
     assert edited.last_seq == 1
 
 
+def test_edits_at_once_that_name_no_revision_are_all_made(daemon: Daemon, scene: Scene) -> None:
+    """An edit without an etag is of whatever is there, also where another came in between."""
+    task = daemon.create(scene.parameters())
+    edits = [
+        pb2.UpdateTaskRequest(task=task_pb2.Task(name=task.name, parameters=batch(size)))
+        for size in range(1, 13)
+    ]
+    calls = [daemon.tasks.UpdateTask.future(edit, timeout=30) for edit in edits]
+    sizes = [call.result().task.parameters.training.batch_size for call in calls]
+    assert sizes == list(range(1, 13))
+
+
 def test_a_task_is_renamed_and_moved_to_another_device(daemon: Daemon, scene: Scene) -> None:
     task = daemon.create(scene.parameters())
     other = daemon.create(scene.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,11 @@ def test_a_list_comes_page_by_page(daemon: Daemon, scene: Scene) -> None:
         token = page.next_page_token
         if not token:
             break
+        with pytest.raises(grpc.RpcError) as other:  # a token of another list
+            daemon.tasks.ListRuns(
+                task_service_pb2.ListRunsRequest(parent=task.name, page_token=token)
+            )
+        assert other.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert seen == [6, 4, 2]
 
 
@@ -250,7 +256,8 @@ def test_a_deletion_takes_what_the_run_wrote_and_leaves_the_rest(
     assert daemon.get(task.name).last_checkpoint == four.path
     gone = [e.checkpoint_deleted.step for e in daemon.events(task.name)]
     assert [step for step in gone if step] == [6, 2]
-    for name in (two.name, f"{task.name}/runs/1/checkpoints/3", "nonsense", ""):
+    odd = four.name.replace("/1/", "/01/"), four.name[:-1] + "0４"
+    for name in (two.name, f"{task.name}/runs/1/checkpoints/3", *odd, "nonsense", ""):
         with pytest.raises(grpc.RpcError) as missing:
             delete(task_service_pb2.DeleteCheckpointRequest(name=name))
         assert missing.value.code() is grpc.StatusCode.NOT_FOUND
@@ -267,6 +274,10 @@ def test_a_checkpoint_that_is_in_use_is_not_deleted(daemon: Daemon, scene: Scene
     with pytest.raises(grpc.RpcError) as used:
         daemon.tasks.DeleteCheckpoint(request)
     assert reason_of(used.value) == (grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT_IN_USE")
+    everything = task_service_pb2.DeleteTaskRequest(name=task.name, delete_outputs=True)
+    with pytest.raises(grpc.RpcError) as used:
+        daemon.tasks.DeleteTask(everything)
+    assert reason_of(used.value) == (grpc.StatusCode.FAILED_PRECONDITION, "CHECKPOINT_IN_USE")
     scene.let_pass(1)
     daemon.wait(user.name, "COMPLETED")
     start(daemon, task.name)
@@ -276,6 +287,20 @@ def test_a_checkpoint_that_is_in_use_is_not_deleted(daemon: Daemon, scene: Scene
     scene.let_pass(1)
     daemon.wait(task.name, "COMPLETED")
     assert Path(four.path, "manifest.json").is_file()
+
+
+def test_a_pipe_in_place_of_a_manifest_holds_nobody_up(daemon: Daemon, scene: Scene) -> None:
+    """Only files are read: what isn't one is no whole checkpoint, and other calls go on."""
+    task = done(daemon, scene)
+    six = listed(daemon, task.name)[0]
+    manifest = Path(six.path, "manifest.json")
+    manifest.unlink()
+    os.mkfifo(manifest)
+    assert not listed(daemon, task.name, verify=True)[0].is_whole
+    daemon.tasks.DeleteCheckpoint(
+        task_service_pb2.DeleteCheckpointRequest(name=six.name), timeout=20
+    )
+    assert daemon.get(task.name).name == task.name
 
 
 # --- real

@@ -88,6 +88,7 @@ def test_training_begins_before_all_tokens_are_made(shop, tmp_path, report, proc
     """How many samples there are is known once the doubtful ones are made; the rest may follow."""
     from finetuned_runner import preparation
 
+    monkeypatch.setattr(preparation, "_BATCH", 1)
     gate = threading.Event()
     original = preparation.ChatPreparation._take
 

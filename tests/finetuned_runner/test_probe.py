@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -124,3 +125,16 @@ def test_code_runs_on_devices_of_its_own_generation(
     capability: tuple[int, int], architectures: list[str], runs: bool
 ) -> None:
     assert is_supported(capability, architectures) is runs
+
+
+def test_what_a_probe_takes_does_not_depend_on_who_asks():
+    """A parent with a gigabyte in memory is told the same runtime as a small one."""
+    ask = "import subprocess, sys; print(subprocess.run([sys.executable, *sys.argv[1:]], " + (
+        "capture_output=True, check=True, text=True).stdout)"
+    )
+    answers = []
+    for ballast in ("", "held = b'x' * (1 << 30); "):
+        command = [sys.executable, "-c", ballast + ask, "-P", "-m", "finetuned_runner", "--probe"]
+        answer = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        answers.append(json.loads(answer)["runtime_bytes"])
+    assert answers[1] == pytest.approx(answers[0], rel=0.1)
