@@ -171,7 +171,7 @@ def llama_factory(settings: Settings, run_dir: Path, program: str) -> list[str]:
         "seed": settings.seed,
         "plot_loss": False,
     }
-    file = run_dir / "config.json"
+    file = run_dir / "config.yaml"  # JSON is YAML, and it reads no .json
     file.write_text(json.dumps(config))
     return [program, "train", str(file)]
 
