@@ -5,6 +5,7 @@ The arithmetic is untouched: losses equal those of the plain Trainer (a test com
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
@@ -110,6 +111,8 @@ class RunTrainer(ComputingTrainer):
         Raises:
             RunFailed: The checkpoint is not whole, or the loss is not finite.
         """
+        # What was imported stays: without this each full collection goes through all of it again.
+        gc.freeze()
         if resume is None:
             self.train()
         else:
