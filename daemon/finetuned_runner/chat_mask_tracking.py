@@ -70,11 +70,6 @@ class Piece(NamedTuple):
     """Index of the message at which the template wrote it, or `NOWHERE`."""
 
     @property
-    def is_template(self) -> bool:
-        """Whether the template itself wrote it."""
-        return self.source == TEMPLATE
-
-    @property
     def is_derived(self) -> bool:
         """Whether it is made of its source, but not literally in it."""
         return self.source != TEMPLATE and self.place == DERIVED

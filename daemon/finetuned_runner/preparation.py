@@ -101,9 +101,8 @@ class Preparation:
         found = cache.find(key)
         if found:
             with self._changed:
-                self._store, index = found
+                self._store, index, self._largest = found
                 self._take_over(index)
-                self._largest = self._store.largest_token()
                 self._is_read = self._is_complete = True
                 self._changed.notify_all()
             return
@@ -113,17 +112,20 @@ class Preparation:
             self._start_processes(before.st_size)
         with self._changed:
             self._store = store
-            self._keep = lambda: cache.keep(key, store, self._index())
-        self._read()
+            self._keep = lambda: cache.keep(key, store, self._index(), self._largest)
+        self._read(before)
+        with self._changed:
+            self._is_read = True
+            self._changed.notify_all()
+
+    def _check_unchanged(self, before: os.stat_result) -> None:
+        """Raises RunFailed where the file isn't the one whose hash was taken."""
         after = self._file.stat()
         if (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
             raise RunFailed(
                 EndReason.DATASET_INVALID,
                 f"{self._file} was written to while it was read; start again when it is whole.",
             )
-        with self._changed:
-            self._is_read = True
-            self._changed.notify_all()
 
     def _open_cache(self) -> TokenCache:
         try:
@@ -177,7 +179,8 @@ class Preparation:
     def _index(self) -> Index:
         raise NotImplementedError
 
-    def _read(self) -> None:
+    def _read(self, before: os.stat_result) -> None:
+        """Reads the file; hands nothing out unless it is still as it was `before`."""
         raise NotImplementedError
 
     def _add(self, what: Any, answer: Encoded) -> None:
@@ -285,8 +288,9 @@ class ChatPreparation(Preparation):
             first = [number for number in numbers if number in waiting]
             self._queue = deque(first + [rest for rest in self._queue if rest not in wanted])
 
-    def _read(self) -> None:
+    def _read(self, before: os.stat_result) -> None:
         chats = _collect(self._file, read_chats(self._file), self._limit)
+        self._check_unchanged(before)
         first_of_kind: dict[Any, int] = {}
         for number, chat in enumerate(chats):
             if len(first_of_kind) < _MOST_KINDS:
@@ -435,8 +439,9 @@ class DocumentPreparation(Preparation):
     def _how_far(self) -> str:
         return f"{self._store.num_tokens:,} tokens" if self._store else self._file.name
 
-    def _read(self) -> None:
+    def _read(self, before: os.stat_result) -> None:
         documents = _collect(self._file, read_documents(self._file), self._limit)
+        self._check_unchanged(before)
         with self._changed:
             self._work = _batches(piece for document in documents for piece in pieces_of(document))
 

@@ -27,7 +27,7 @@ import psutil
 CACHE_BYTES = 8 << 30
 """Most bytes in the cache; what was not used for longest goes first."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Goes into every key, as does the code that makes tokens: other code may make others."""
 _CODE = ("chat_mask*.py", "encod*.py", "pieces.py", "../finetuned_daemon/dataset/*.py")
 _TOKENIZER_FILES = (
@@ -40,7 +40,7 @@ _TOKENIZER_FILES = (
 )
 _TOKENS = "tokens"
 _INDEX = "index.npz"
-_HASH = "sha256"
+_HASH, _LARGEST = "sha256", "largest"
 _NEW = ".new-"
 
 _logger = logging.getLogger(__name__)
@@ -100,14 +100,6 @@ class TokenStore:
         learned = data < 0
         return np.where(learned, ~data, data).astype(np.int64), learned
 
-    def largest_token(self) -> int:
-        """The largest token id; -1 if there is none."""
-        largest = -1
-        for start in range(0, self.num_tokens, 1 << 22):
-            tokens, _ = self.read(start, min(1 << 22, self.num_tokens - start))
-            largest = max(largest, int(tokens.max()))
-        return largest
-
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
@@ -155,14 +147,14 @@ class TokenCache:
                 digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
-    def find(self, key: str) -> tuple[TokenStore, Index] | None:
-        """The tokens of a key, if they are there."""
+    def find(self, key: str) -> tuple[TokenStore, Index, int] | None:
+        """The tokens of a key with the largest id among them, if they are there."""
         folder = self._folder / key
         try:
             # Opened here: numpy leaves a file open that it can't read.
             with (folder / _INDEX).open("rb") as file, np.load(file) as arrays:
                 index = Index(**{name: arrays[name] for name in Index.__dataclass_fields__})
-                digest = bytes(arrays[_HASH])
+                digest, largest = bytes(arrays[_HASH]), int(arrays[_LARGEST])
             if _digest(folder / _TOKENS) != digest:
                 raise ValueError("they are not what was written")
             store = TokenStore(folder / _TOKENS)
@@ -172,7 +164,7 @@ class TokenCache:
                 shutil.rmtree(folder, ignore_errors=True)
             return None
         os.utime(folder)
-        return store, index
+        return store, index, largest
 
     def begin(self) -> TokenStore:
         """A new file of tokens, which `keep` gives its key. Raises OSError."""
@@ -187,12 +179,12 @@ class TokenCache:
             if not (owner.isdecimal() and psutil.pid_exists(int(owner))):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def keep(self, key: str, store: TokenStore, index: Index) -> None:
+    def keep(self, key: str, store: TokenStore, index: Index, largest: int) -> None:
         """Gives a finished file its key, and makes room."""
         made = store.path.parent
         try:
             digest = np.frombuffer(_digest(store.path), np.uint8)
-            arrays: dict[str, Any] = vars(index) | {_HASH: digest}
+            arrays: dict[str, Any] = vars(index) | {_HASH: digest, _LARGEST: np.array(largest)}
             np.savez(made / _INDEX, **arrays)
             os.replace(made, self._folder / key)
         except OSError as error:  # no room, or another run was faster: this one has its tokens

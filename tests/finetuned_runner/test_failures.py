@@ -189,3 +189,16 @@ def test_half_the_batch_and_twice_the_accumulation_go_on_as_if_nothing_had_chang
         )
     )
     assert lower.rates() == pytest.approx({step: rate / 2 for step, rate in rest.rates().items()})
+
+
+def test_a_merge_without_room_leaves_the_adapter_whole_and_says_what_it_takes(shop, monkeypatch):
+    """The memory of a merge is looked at before: better than being killed in its middle."""
+    import psutil
+
+    machine = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine._replace(available=1))
+    run = shop.here(shop.make(training={"max_steps": 1}, lora={"merge_lora": True}))
+    assert run.result.end_reason is EndReason.HOST_OUT_OF_MEMORY, run.result
+    assert "Merging takes" in run.result.message
+    assert (run.output / "final" / "adapter_model.safetensors").is_file()
+    assert not (run.output / "merged").exists()

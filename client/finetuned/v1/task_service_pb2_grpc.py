@@ -157,8 +157,9 @@ class TaskServiceServicer(object):
         """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
         `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
-        FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first. ABORTED: stale `etag`. NOT_FOUND: there is none, which is
-        also the answer to a repeat unless `allow_missing` is set.
+        FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first; or with `delete_outputs` a run of another task goes on from one
+        of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
+        `allow_missing` is set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,8 +63,9 @@ class TaskServiceStub:
     """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
     `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
-    FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first. ABORTED: stale `etag`. NOT_FOUND: there is none, which is
-    also the answer to a repeat unless `allow_missing` is set.
+    FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first; or with `delete_outputs` a run of another task goes on from one
+    of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
+    `allow_missing` is set.
     """
     StartTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.StartTaskRequest, _task_service_pb2.StartTaskResponse]
     """Starts a new run. It waits in the queue while its device is busy.
@@ -147,8 +148,9 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
     `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
-    FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first. ABORTED: stale `etag`. NOT_FOUND: there is none, which is
-    also the answer to a repeat unless `allow_missing` is set.
+    FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first; or with `delete_outputs` a run of another task goes on from one
+    of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
+    `allow_missing` is set.
     """
     StartTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.StartTaskRequest, _task_service_pb2.StartTaskResponse]  # type: ignore[assignment]
     """Starts a new run. It waits in the queue while its device is busy.
@@ -258,8 +260,9 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
         `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
-        FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first. ABORTED: stale `etag`. NOT_FOUND: there is none, which is
-        also the answer to a repeat unless `allow_missing` is set.
+        FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first; or with `delete_outputs` a run of another task goes on from one
+        of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
+        `allow_missing` is set.
         """
 
     @_abc_1.abstractmethod
