@@ -106,12 +106,14 @@ def find(address: str | None = None, token: str | None = None) -> Endpoint:
     if address:
         return _endpoint(address, token, is_default=False)
     here = paths()
-    if hasattr(socket, "AF_UNIX") and (here.socket.exists() or not here.endpoint.exists()):
+    has_sockets = hasattr(socket, "AF_UNIX")
+    # Read once: a daemon that ends takes both files away, one after the other.
+    served = [] if has_sockets and here.socket.exists() else _served(here.endpoint)
+    if served:
+        return _endpoint(served[0], token, is_default=True)
+    if has_sockets:
         return _endpoint(f"unix:{here.socket}", token, is_default=True)
-    served = _served(here.endpoint)
-    if not served:
-        raise DaemonUnavailable(f"no daemon has left its address in {here.endpoint}")
-    return _endpoint(served[0], token, is_default=True)
+    raise DaemonUnavailable(f"no daemon has left its address in {here.endpoint}")
 
 
 def _endpoint(address: str, token: str | None, *, is_default: bool) -> Endpoint:
