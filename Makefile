@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: install demo demo-pretrain test bench lint types proto clean
+.PHONY: install demo demo-pretrain test bench lint types audit proto clean
 
 install: .venv/installed
 
@@ -39,6 +39,10 @@ lint: install
 types: install
 	$(BIN)/mypy
 	$(BIN)/pyright
+
+# Known advisories on what is installed with us, and secrets in the files of the project.
+audit: install
+	$(BIN)/python .ci/audit.py
 
 proto: install
 	$(BIN)/python proto/generate.py
