@@ -1,5 +1,6 @@
 # make demo   train a real small model on this machine, and see what it learned
 # make test   everything that the project promises
+# make soak   every fault a hundred times: what is lost, what is wrong, how long an adoption takes; 10,000 hostile requests
 # make bench  how fast training is, and in how much memory, beside its peers
 #
 # Both install into .venv first. PYTHON=... chooses the Python (3.11 or newer).
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: install demo demo-pretrain test bench lint types audit proto clean
+.PHONY: install demo demo-pretrain test soak bench lint types audit proto clean
 
 install: .venv/installed
 
@@ -27,6 +28,11 @@ demo-pretrain: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# ROUNDS=100 of each fault, EXAMPLES=10000 hostile requests, SEED=... of an earlier soak, ONLY=part of the name of a fault (then no requests).
+soak: install
+	$(BIN)/python tests/faults/soak.py --rounds $(or $(ROUNDS),100) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only '$(ONLY)') $(ARGS)
+	$(if $(ONLY),,$(BIN)/python tests/hostile/soak.py --examples $(or $(EXAMPLES),10000) $(if $(SEED),--seed $(SEED)))
 
 # Training against its peers, in turns, as ratios; LLAMAFACTORY=/path/to/llamafactory-cli adds that one.
 bench: install

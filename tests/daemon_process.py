@@ -53,6 +53,8 @@ class Daemon:
         self.paths = paths(root / "state", root / "run")
         self._root = root
         self.options = ["--runner-module", runner_module, "--heartbeat-seconds", "0.3", *options]
+        self.environment = dict[str, str]()
+        """For the daemon, beside that of the tests."""
         self.log = root / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
@@ -77,7 +79,7 @@ class Daemon:
                     *("--runtime-dir", str(self.paths.runtime_dir)),
                     *self.options,
                 ],
-                env={**os.environ, "PYTHONPATH": str(TESTS)},
+                env={**os.environ, "PYTHONPATH": str(TESTS), **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -89,9 +91,9 @@ class Daemon:
             raise AssertionError(f"the daemon ended:\n{self.log.read_text()}")
         try:
             endpoint = json.loads(self.paths.endpoint.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # not yet, or what a damaged one has left
             return False
-        return bool(endpoint["pid"] == self.process.pid)
+        return isinstance(endpoint, dict) and endpoint.get("pid") == self.process.pid
 
     def kill(self) -> None:
         """`kill -9`."""

@@ -14,11 +14,17 @@ Keeps the contract of the run folder, in milliseconds.
     deaf        neither a wish nor SIGTERM stops it
     exit        leave at this step with this exit status and no result: [step, status]
     fail        end at this step as failed: {"step", "reason"}, only with a batch "above" a size,
-                and with more fields of `Result`
+                only in one "attempt", and with more fields of `Result`
     garble      write lines that are no events before the first step
     console     print this line
-    child       start a process that never ends, its pid in the file `child` of the run folder
+    log         log this line at the end
+    child       start a process that never ends, its pid in the file `child` of the run folder;
+                "group": in a process group of its own
     report      fields of the report of a probe, which leaves a file in its output folder
+    beats       touch `heartbeat` ten times in a second; a number: only until that step
+    crash       end in each of the first so many starts, and how: [starts, "SIGSEGV" or a status]
+    durable     sync what it saves; takes time, and matters only where power is lost
+    frozen      do nothing at all, not even say who it is; a stop does not end it
 
 `python -m fake_runner --probe`. What it answers stands in the file that `FAKE_PROBE` names, if it
 does: fields of a probe, and
@@ -38,6 +44,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -47,6 +54,7 @@ from finetuned_daemon.environment.probe import Probe
 from finetuned_daemon.runs.contract import (
     CONTROL,
     EVENTS,
+    HEARTBEAT,
     PROCESS,
     RESULT,
     SPEC,
@@ -67,6 +75,7 @@ from finetuned_daemon.runs.contract import (
     Spec,
     StopWish,
     TrainingType,
+    sync_dir,
     write_record,
 )
 from finetuned_daemon.runs.manifest import (
@@ -86,18 +95,23 @@ class FakeRunner:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        identity = ProcessIdentity.of(os.getpid())
-        assert identity is not None
-        write_record(run_dir / PROCESS, Process(identity=identity))
         self.spec = Spec.model_validate_json((run_dir / SPEC).read_bytes())
         model = Path(self.spec.parameters.data.model_path or "")
         self.scenario: dict[str, Any] = json.loads((model / "scenario.json").read_text())
+        if self.scenario.get("frozen"):
+            time.sleep(600)
+        identity = ProcessIdentity.of(os.getpid())
+        assert identity is not None
+        if (run_dir / PROCESS).exists():
+            sys.exit(75)
+        write_record(run_dir / PROCESS, Process(identity=identity))
         self.gate = os.open(model / "gate", os.O_RDWR) if self.scenario.get("gated") else -1
         self.events = open(run_dir / EVENTS, "ab")  # noqa: SIM115 - open as long as the process lives
         self.seq = 0
-        self.step = 0
+        self.step = self.resumed_step()
         self.steps = int(self.scenario.get("steps", 3))
         self.was_told = False
+        self.save_wishes = 0
         self.saved = 0
 
     def run(self) -> NoReturn:
@@ -106,8 +120,15 @@ class FakeRunner:
         signal.signal(signal.SIGTERM, self._told)
         if "console" in self.scenario:
             print(self.scenario["console"], flush=True)
+        if "beats" in self.scenario:
+            threading.Thread(target=self.beat, daemon=True).start()
+        if "crash" in self.scenario:
+            self.crash(*self.scenario["crash"])
         if self.scenario.get("child"):
-            child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+            child = subprocess.Popen(
+                [sys.executable, "-c", "import signal; signal.pause()"],
+                process_group=0 if self.scenario["child"] == "group" else None,
+            )
             (self.run_dir / "child").write_text(str(child.pid))
         for phase in (RunPhase.STARTING, RunPhase.LOADING_MODEL, RunPhase.PREPARING_DATA):
             self.enter(phase)
@@ -118,11 +139,37 @@ class FakeRunner:
             self.wait_for_gate()
             self.step += 1
             self.one_step()
+            self.save_now()
             if self.wish():
                 self.stop()
         if self.spec.probe:
             self.measure()
         self.end(EndReason.FINISHED, self.save("end"))
+
+    def resumed_step(self) -> int:
+        """After a pause it goes on where it was; a run of its own begins at 0, for brevity."""
+        resumed = self.spec.parameters.data.resume_from_checkpoint
+        if self.spec.attempt == 1 or not resumed:
+            return 0
+        return Manifest.model_validate_json((Path(resumed) / MANIFEST).read_bytes()).step
+
+    def beat(self) -> None:
+        until = self.scenario["beats"]
+        while until is True or self.step < until:
+            (self.run_dir / HEARTBEAT).touch()
+            time.sleep(0.1)
+
+    def crash(self, starts: int, how: str | int) -> None:
+        with open(self.run_dir / "starts", "ab") as file:
+            file.write(b".")
+            if file.tell() > starts:
+                return
+        self.emit(PhaseChange(phase=RunPhase.STARTING, message="a line of another length"))
+        print("it went wrong early", flush=True)
+        if isinstance(how, int):
+            os._exit(how)
+        os.kill(os.getpid(), signal.Signals[how])
+        time.sleep(60)
 
     def measure(self) -> NoReturn:
         (Path(self.spec.output_dir) / "left").write_text("by a runner that cleans up badly")
@@ -174,6 +221,7 @@ class FakeRunner:
         failure = dict(self.scenario.get("fail", {}))
         above = failure.pop("above", 0)
         is_due = failure.pop("step", None) == self.step
+        is_due &= failure.pop("attempt", self.spec.attempt) == self.spec.attempt
         if is_due and self.spec.parameters.training.batch_size > above:
             self.end(EndReason(failure.pop("reason")), "", **failure)
 
@@ -182,6 +230,7 @@ class FakeRunner:
             if select.select([self.gate], [], [], _LOOK_SECONDS)[0]:
                 os.read(self.gate, 1)
                 return
+            self.save_now()
             if self.wish():
                 self.stop()
 
@@ -239,9 +288,25 @@ class FakeRunner:
         )
         with open(self.run_dir / OUTPUTS, "ab") as file:
             file.write(written.model_dump_json().encode() + b"\n")
+        if self.scenario.get("durable"):
+            self.sync(*(folder / name for name in files), self.run_dir / OUTPUTS)
+            self.sync(folder, output, self.run_dir)
         self.emit(CheckpointSaved(path=str(folder), step=self.step, cause=cause))
         self.saved += 1
         return str(folder)
+
+    def sync(self, *paths: Path) -> None:
+        """As the real one does, before anybody hears of them."""
+        for path in paths:
+            sync_dir(path)  # of a file, too
+
+    def save_now(self) -> None:
+        """Saves where that was newly wished for."""
+        with contextlib.suppress(FileNotFoundError):
+            control = Control.model_validate_json((self.run_dir / CONTROL).read_bytes())
+            if control.save > self.save_wishes and control.stop is None and self.step:
+                self.save_wishes = control.save
+                self.save("suspend")
 
     def quota(self) -> int | None:
         """Checkpoints that it may save, as it was last told."""
@@ -257,7 +322,8 @@ class FakeRunner:
         self.events.flush()
 
     def end(self, reason: EndReason, output_path: str, **more: Any) -> NoReturn:
-        self.emit(LogLine(level="info", logger="fake", text=f"ends: {reason}"))
+        text = self.scenario.get("log", f"ends: {reason}")
+        self.emit(LogLine(level="info", logger="fake", text=text))
         write_record(
             self.run_dir / RESULT,
             Result(end_reason=reason, step=self.step, output_path=output_path, **more),

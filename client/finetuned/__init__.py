@@ -47,8 +47,10 @@ if TYPE_CHECKING:
     from finetuned._errors import Unauthenticated as Unauthenticated
     from finetuned._errors import Unimplemented as Unimplemented
     from finetuned._launch import start_daemon as start_daemon
+    from finetuned._tls import TLS as TLS
     from finetuned._violations import ParameterViolation as ParameterViolation
     from finetuned._watch import ConnectionLost as ConnectionLost
+    from finetuned._watch import LogReplaced as LogReplaced
     from finetuned._watch import WatchItem as WatchItem
     from finetuned.v1.dataset_service_pb2 import BadLinePolicy as BadLinePolicy
     from finetuned.v1.dataset_service_pb2 import DatasetReport as DatasetReport
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from finetuned.v1.template_service_pb2 import Template as Template
 
 __all__ = [
+    "TLS",
     "Aborted",
     "AlreadyExists",
     "AsyncClient",
@@ -105,6 +108,7 @@ __all__ = [
     "InspectionProgress",
     "InternalError",
     "InvalidArgument",
+    "LogReplaced",
     "NotFound",
     "OutOfRange",
     "ParameterViolation",
@@ -134,7 +138,9 @@ _HOMES = {
     "AsyncClient": "_aio",
     "Client": "_client",
     "ConnectionLost": "_watch",
+    "LogReplaced": "_watch",
     "WatchItem": "_watch",
+    "TLS": "_tls",
     "start_daemon": "_launch",
     "Event": "v1.event_pb2",
     "ProbeReport": "v1.event_pb2",

@@ -13,16 +13,19 @@ import grpc.aio
 
 from finetuned import _calls, _prepare, _silence
 from finetuned._calls import Call, Steps, T
+from finetuned._channel import open_aio_channel
 from finetuned._checkpoints import AsyncCheckpoints, resume_choice
 from finetuned._client import Client
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
 from finetuned._export import AsyncExports
 from finetuned._launch import start_daemon
+from finetuned._pause import AsyncPauses
 from finetuned._probe import AsyncProbes
 from finetuned._session import Attempts, Session
 from finetuned._status import from_rpc_error
 from finetuned._stubs import stubs
+from finetuned._tls import TLS
 from finetuned._violations import ParameterViolation
 from finetuned._watch import ENDED, Cursor, WatchItem
 from finetuned.v1.dataset_service_pb2 import BadLinePolicy, DatasetReport, InspectionProgress
@@ -43,7 +46,7 @@ from finetuned.v1.task_service_pb2 import DeleteTaskResponse, WatchTaskResponse
 from finetuned.v1.template_service_pb2 import Template
 
 
-class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncProbes):
+class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncPauses, AsyncProbes):
     """The daemon, from asyncio. Use one within one event loop.
 
     Methods, arguments and errors are those of `Client`, where they are described.
@@ -57,12 +60,14 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncProbes):
         start_daemon: bool = False,
         timeout: float = 10.0,
         language: str | None = None,
+        tls: TLS | None = None,
     ) -> None:
         """Connects at the first call. Arguments as for `Client`."""
-        self._session = Session(address, token, timeout, language)
+        self._session = Session(address, token, timeout, language, tls)
         self._start = start_daemon
         self._address = address
         self._token = token
+        self._tls = tls
         self._lock = asyncio.Lock()
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: dict[str, Any] = {}
@@ -202,10 +207,6 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncProbes):
         """As `Client.start_task`."""
         return await self._run(_calls.start_task(name, etag, request_id, *resume_choice(resume)))
 
-    async def stop_task(self, name: str, *, discard: bool = False) -> Task:
-        """As `Client.stop_task`."""
-        return await self._run(_calls.stop_task(name, discard))
-
     async def list_runs(self, name: str) -> AsyncIterator[Run]:
         """As `Client.list_runs`."""
         name = await self._run(_calls.resolve(name))
@@ -267,7 +268,7 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncProbes):
             finally:
                 call.cancel()
             if failure is not None:
-                self._session.check(endpoint, failure)
+                failure = self._session.check(endpoint, failure)
             lost = cursor.lost(failure)
             if lost is not None:
                 yield lost
@@ -454,14 +455,15 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncProbes):
         while True:
             endpoint = await self._connect()
             method = getattr(self._stubs[call.service], call.rpc)
+            metadata = self._session.metadata(endpoint)
             try:
                 answer = await method(
                     call.request,
                     timeout=call.timeout or self._session.timeout,
-                    metadata=self._session.metadata(endpoint),
+                    metadata=metadata,
                 )
             except grpc.RpcError as error:
-                delay = attempts.after(endpoint, from_rpc_error(error))
+                delay = attempts.after(endpoint, from_rpc_error(error, metadata))
             else:
                 self._session.was_reached = True
                 return answer
@@ -472,11 +474,13 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncProbes):
             self._session.check_open()
             if self._start:
                 # It waits for a process: in a thread, so that the loop goes on.
-                await asyncio.to_thread(start_daemon, self._address, token=self._token)
+                await asyncio.to_thread(
+                    start_daemon, self._address, token=self._token, tls=self._tls
+                )
                 self._start = False
             endpoint = self._session.locate()
             if endpoint != self._session.endpoint:
-                channel = grpc.aio.insecure_channel(endpoint.target, endpoint.options)
+                channel = open_aio_channel(endpoint)
                 self._channels.append(channel)
                 self._stubs = stubs(channel)
                 self._session.endpoint = endpoint

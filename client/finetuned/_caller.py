@@ -11,12 +11,14 @@ import grpc
 
 from finetuned import _calls
 from finetuned._calls import Call, Steps, T
+from finetuned._channel import open_channel
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
 from finetuned._launch import start_daemon
 from finetuned._session import Attempts, Session
 from finetuned._status import from_rpc_error
 from finetuned._stubs import stubs
+from finetuned._tls import TLS
 from finetuned.v1.system_service_pb2 import GetSystemInfoRequest
 
 # For a daemon that takes connections and drops them.
@@ -33,11 +35,13 @@ class Caller:
         start: bool,
         timeout: float,
         language: str | None,
+        tls: TLS | None,
     ) -> None:
-        self._session = Session(address, token, timeout, language)
+        self._session = Session(address, token, timeout, language, tls)
         self._start = start
         self._address = address
         self._token = token
+        self._tls = tls
         self._lock = threading.Lock()
         self._channels: list[grpc.Channel] = []
         self._stubs: dict[str, Any] = {}
@@ -61,14 +65,15 @@ class Caller:
         while True:
             endpoint = self._connect()
             method = getattr(self._stubs[call.service], call.rpc)
+            metadata = self._session.metadata(endpoint)
             try:
                 answer = method(
                     call.request,
                     timeout=call.timeout or self._session.timeout,
-                    metadata=self._session.metadata(endpoint),
+                    metadata=metadata,
                 )
             except grpc.RpcError as error:
-                delay = attempts.after(endpoint, from_rpc_error(error))
+                delay = attempts.after(endpoint, from_rpc_error(error, metadata))
             else:
                 self._session.was_reached = True
                 return answer
@@ -97,12 +102,12 @@ class Caller:
         with self._lock:
             self._session.check_open()
             if self._start:
-                start_daemon(self._address, token=self._token)
+                start_daemon(self._address, token=self._token, tls=self._tls)
                 self._start = False
             endpoint = self._session.locate()
             if endpoint != self._session.endpoint:
                 # The old channel leads nowhere, but other threads may still read from it.
-                channel = grpc.insecure_channel(endpoint.target, endpoint.options)
+                channel = open_channel(endpoint)
                 self._channels.append(channel)
                 self._stubs = stubs(channel)
                 self._session.endpoint = endpoint

@@ -80,7 +80,7 @@ class Checkpoints(Caller):
 
         Raises:
             NotFound: There is none of that name.
-            FailedPrecondition: Its task is queued or running, or another run goes on from it.
+            FailedPrecondition: Its task has a run that is not over, or another goes on from it.
         """
         return self._run(delete_checkpoint(name))
 

@@ -13,10 +13,12 @@ from finetuned import _calls, _prepare, _silence
 from finetuned._checkpoints import Checkpoints, resume_choice
 from finetuned._errors import FinetunedError
 from finetuned._export import Exports
+from finetuned._pause import Pauses
 from finetuned._probe import Probes
 from finetuned._session import Attempts
 from finetuned._silence import Silence
 from finetuned._status import from_rpc_error
+from finetuned._tls import TLS
 from finetuned._violations import ParameterViolation
 from finetuned._watch import ENDED, Cursor, WatchItem
 from finetuned.v1.dataset_service_pb2 import BadLinePolicy, DatasetReport, InspectionProgress
@@ -37,7 +39,7 @@ from finetuned.v1.task_service_pb2 import DeleteTaskResponse
 from finetuned.v1.template_service_pb2 import Template
 
 
-class Client(Checkpoints, Exports, Probes):
+class Client(Checkpoints, Exports, Pauses, Probes):
     """The daemon, from a program without asyncio. Threads may share one.
 
     Tasks are named by `tasks/{task_id}`, by the bare id, or by their display name; where an id and
@@ -53,6 +55,7 @@ class Client(Checkpoints, Exports, Probes):
         start_daemon: bool = False,
         timeout: float = 10.0,
         language: str | None = None,
+        tls: TLS | None = None,
     ) -> None:
         """Connects at the first call.
 
@@ -65,8 +68,10 @@ class Client(Checkpoints, Exports, Probes):
             timeout: Seconds that a call may take; those that read training data may take longer.
             language: Of the daemon's sentences, `en` or `zh`; else what `LC_ALL`, `LC_MESSAGES` or
                 `LANG` says.
+            tls: Files for TLS; else what `FINETUNED_TLS_CA`, `FINETUNED_TLS_CERT` and
+                `FINETUNED_TLS_KEY` name. Without TLS no other machine is called.
         """
-        super().__init__(address, token, start_daemon, timeout, language)
+        super().__init__(address, token, start_daemon, timeout, language, tls)
 
     def __enter__(self) -> Self:
         return self
@@ -211,7 +216,7 @@ class Client(Checkpoints, Exports, Probes):
 
         Raises:
             InvalidArgument: Fields are wrong, all of them in `violations`.
-            FailedPrecondition: It is queued or running, or has no custom template to update.
+            FailedPrecondition: It has a run that is not over, or no custom template to update.
             AlreadyExists: The display name is taken.
             Aborted: It has changed since `etag` was seen.
         """
@@ -245,7 +250,7 @@ class Client(Checkpoints, Exports, Probes):
             delete_outputs: Delete what its runs recorded writing into their output folders too.
 
         Raises:
-            FailedPrecondition: It is queued or running.
+            FailedPrecondition: It has a run that is not over.
             Aborted: It has changed since `etag` was seen.
         """
         return self._run(_calls.delete_task(name, etag, allow_missing, delete_outputs))
@@ -264,18 +269,10 @@ class Client(Checkpoints, Exports, Probes):
 
         Raises:
             InvalidArgument: Parameters are wrong or missing, all of them in `violations`.
-            FailedPrecondition: It is queued or running already, or has no such checkpoint.
+            FailedPrecondition: It has a run that is not over, or no such checkpoint.
             Aborted: It has changed since `etag` was seen.
         """
         return self._run(_calls.start_task(name, etag, request_id, *resume_choice(resume)))
-
-    def stop_task(self, name: str, *, discard: bool = False) -> Task:
-        """Ask for the end of the run, with a checkpoint unless `discard`. See `wait` for the end.
-
-        Raises:
-            FailedPrecondition: It is neither queued nor running.
-        """
-        return self._run(_calls.stop_task(name, discard))
 
     def list_runs(self, name: str) -> Iterator[Run]:
         """The runs of a task, newest first, page by page."""
@@ -311,19 +308,21 @@ class Client(Checkpoints, Exports, Probes):
 
         Where the connection breaks, or nothing at all comes for 20 s, a `ConnectionLost` is
         yielded, and the watch goes on by itself when the daemon is back: with a new `Snapshot` and
-        the events after the last one. No event is missed or comes twice.
+        the events after the last one. No event is missed or comes twice. Where the daemon has
+        another log by then, after a restore or a loss of power, a `LogReplaced` says so, and the
+        events of the new log follow from the first on.
 
         Args:
             name: The task.
             after_seq: Last `seq` already seen. 0: from the first event.
             log_epoch: The `log_epoch` of the snapshot in which it was seen; checked if given.
-            until_end: End when the task's run has ended; else the watch has no end. A task that was
-                never started is waited for.
+            until_end: End when the task's run has ended; else the watch has no end. A pause is no
+                end, and a task that was never started is waited for.
             reconnect_timeout: Seconds to keep trying while the daemon is away. None: for ever.
 
         Raises:
             NotFound: No such task, or it was deleted meanwhile.
-            OutOfRange: The log has been restored or cut: watch again from 0.
+            OutOfRange: The log that `after_seq` is of was restored or cut: watch again from 0.
             EventsLost: The daemon left out or repeated events.
             DaemonUnavailable: It was away for longer than `reconnect_timeout`, or never there.
         """
@@ -349,7 +348,7 @@ class Client(Checkpoints, Exports, Probes):
             finally:
                 silence.close()
             if failure is not None:
-                self._session.check(endpoint, failure)
+                failure = self._session.check(endpoint, failure)
             lost = cursor.lost(failure)
             if lost is not None:
                 yield lost
@@ -358,8 +357,8 @@ class Client(Checkpoints, Exports, Probes):
     def wait(self, name: str) -> Task:
         """The task when its run has ended: at once if it has, else as long as it takes.
 
-        A task that was never started is waited for. An end in failure is no error here: see
-        `state`, `end_reason` and `end_message`.
+        One that is paused or was never started is waited for. An end in failure is no error here:
+        see `state`, `end_reason` and `end_message`.
         """
         task = self.get_task(name)
         if task.state in ENDED:

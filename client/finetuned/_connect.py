@@ -7,21 +7,26 @@ sockets).
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import socket
+import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
-from finetuned._errors import DaemonUnavailable, InvalidArgument
-from finetuned._paths import paths
+from finetuned._errors import DaemonUnavailable, InvalidArgument, PermissionDenied
+from finetuned._paths import RUNTIME_DIR_VARIABLE, Paths, paths
+from finetuned._tls import CA_VARIABLE, TLS, TLSContent, read_tls
 
 ADDRESS_VARIABLE = "FINETUNED_ADDRESS"
 TOKEN_VARIABLE = "FINETUNED_TOKEN"  # noqa: S105 (a name, not a token)
 
 _PROBE_SECONDS = 1.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Endpoint:
     """What gRPC dials: `unix:/path`, percent-encoded, or `host:port`."""
     token: str = field(default="", repr=False)
     """Sent with every call; empty on a unix socket, where the folder's mode is the wall."""
+    tls: TLSContent | None = field(default=None, repr=False)
+    """What TLS needs; None: without it, which is for this machine alone."""
     is_default: bool = False
     """Neither argument nor environment named it, so a daemon that we start will serve it."""
 
@@ -95,28 +102,56 @@ class Endpoint:
         return socket.create_connection((host, port), _PROBE_SECONDS)
 
 
-def find(address: str | None = None, token: str | None = None) -> Endpoint:
+def find(address: str | None = None, token: str | None = None, tls: TLS | None = None) -> Endpoint:
     """The endpoint to use now. It can change when another daemon takes over.
 
     Raises:
-        InvalidArgument: The address is no address, or the token no token.
+        InvalidArgument: The address is no address, the token no token, a file for TLS can't be
+            used, or another machine was to be reached without TLS.
         DaemonUnavailable: No address is known, as no daemon has written one.
+        PermissionDenied: What lies in the daemon's place is another user's.
     """
     address = address or os.environ.get(ADDRESS_VARIABLE)
     if address:
-        return _endpoint(address, token, is_default=False)
+        return _endpoint(address, token, tls, is_default=False)
     here = paths()
+    _check_owner(here)
     has_sockets = hasattr(socket, "AF_UNIX")
     # Read once: a daemon that ends takes both files away, one after the other.
-    served = [] if has_sockets and here.socket.exists() else _served(here.endpoint)
+    served = [] if has_sockets and here.socket.exists() else _addresses(_content(here.endpoint))
     if served:
-        return _endpoint(served[0], token, is_default=True)
+        return _endpoint(served[0], token, tls, is_default=True)
     if has_sockets:
-        return _endpoint(f"unix:{here.socket}", token, is_default=True)
+        return _endpoint(f"unix:{here.socket}", token, tls, is_default=True)
     raise DaemonUnavailable(f"no daemon has left its address in {here.endpoint}")
 
 
-def _endpoint(address: str, token: str | None, *, is_default: bool) -> Endpoint:
+def _check_owner(here: Paths) -> None:
+    """Whoever else owns the daemon's place could show us a daemon of his own.
+
+    Where the runtime folder lies in a shared one for temporary files, anybody can make it first.
+    """
+    if not hasattr(os, "getuid"):
+        return
+    for path in (here.runtime_dir, here.socket, here.endpoint, here.token):
+        try:
+            status = path.lstat()
+        except OSError:
+            continue
+        is_ours = status.st_uid == os.getuid()
+        is_open = (
+            path == here.runtime_dir and stat.S_ISDIR(status.st_mode) and (status.st_mode & 0o022)
+        )
+        if not is_ours or is_open:
+            raise PermissionDenied(
+                f"{path} {'can be written by others' if is_ours else 'belongs to another user'}, "
+                "so whoever serves there may not be your daemon; have it removed, or choose "
+                f"another folder by {RUNTIME_DIR_VARIABLE}",
+                reason="NOT_YOURS",
+            )
+
+
+def _endpoint(address: str, token: str | None, tls: TLS | None, *, is_default: bool) -> Endpoint:
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         # `unix:///path` is the same place; gRPC decodes percent signs, so a path must encode its.
@@ -124,19 +159,45 @@ def _endpoint(address: str, token: str | None, *, is_default: bool) -> Endpoint:
         encoded = quote(os.fsencode(Path(path).absolute()))
         return Endpoint(f"unix:{encoded}", is_default=is_default)
     if address.startswith("/"):
-        return _endpoint(f"unix:{address}", token, is_default=is_default)
+        return _endpoint(f"unix:{address}", token, tls, is_default=is_default)
     place = _split(address)
+    content = read_tls(tls)
+    if content is None and not _is_here(place[0]):
+        raise InvalidArgument(
+            f"{address} is another machine's, and without TLS anybody between could read the token "
+            f"and what you send; name the CA of its certificate by {CA_VARIABLE} or `tls`, or "
+            "forward the port over ssh",
+            reason="TLS_NEEDED",
+        )
+    return Endpoint(address, _token_for(place, token), content, is_default)
+
+
+def _token_for(place: tuple[str, int], token: str | None) -> str:
     if token:
-        return Endpoint(address, _checked(token, "the token"), is_default)
+        return _checked(token, "the token")
     token = os.environ.get(TOKEN_VARIABLE)
     if token:
-        return Endpoint(address, _checked(token, TOKEN_VARIABLE), is_default)
+        return _checked(token, TOKEN_VARIABLE)
     # The file's token belongs to the daemon of our runtime folder. Whoever else serves on this
-    # machine, another user's program perhaps, must not be shown it.
+    # machine, another user's program perhaps, must not be shown it; after a crash that may be at
+    # the very port.
     here = paths()
-    own = [_split(a) for a in _served(here.endpoint) if not a.startswith("unix:")]
-    token = _checked(_read(here.token), str(here.token)) if place in own else ""
-    return Endpoint(address, token, is_default)
+    content = _content(here.endpoint)
+    own = [_split(a) for a in _addresses(content) if not a.startswith("unix:")]
+    if place not in own or not _lives(content):
+        return ""
+    _check_owner(here)
+    return _checked(_read(here.token), str(here.token))
+
+
+def _is_here(host: str) -> bool:
+    """Whether nobody but this machine is reached by it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _checked(token: str, source: str) -> str:
@@ -159,13 +220,33 @@ def _split(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _served(endpoint_file: Path) -> list[str]:
+def _content(endpoint_file: Path) -> dict[str, object]:
+    """What the daemon has left there; empty where nothing of a daemon's is."""
     try:
         content: object = json.loads(_read(endpoint_file) or "{}")
     except ValueError:  # half written by something else than a daemon
-        return []
-    addresses: object = content.get("addresses") if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _addresses(content: dict[str, object]) -> list[str]:
+    addresses = content.get("addresses")
     return [str(a) for a in addresses] if isinstance(addresses, list) else []
+
+
+def _lives(content: dict[str, object]) -> bool:
+    """Whether the daemon that has left this still runs, and as this user."""
+    if not hasattr(os, "getuid"):  # elsewhere a signal of 0 would end it
+        return True
+    here = _read(_BOOT_ID).strip()
+    if here and content.get("boot_id", here) not in (here, ""):
+        return False
+    pid = content.get("pid")
+    try:
+        os.kill(pid if isinstance(pid, int) and pid > 0 else sys.maxsize, 0)
+    except (OSError, OverflowError):  # nobody's, or another user's
+        return False
+    return True
 
 
 def _read(path: Path) -> str:

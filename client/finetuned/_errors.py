@@ -11,7 +11,7 @@
     +-- OutOfRange            OUT_OF_RANGE: no such place in the event log; watch again from 0
     +-- PermissionDenied      PERMISSION_DENIED
     +-- Unauthenticated       UNAUTHENTICATED: the token is missing or wrong
-    +-- ResourceExhausted     RESOURCE_EXHAUSTED: disk, queue or message size
+    +-- ResourceExhausted     RESOURCE_EXHAUSTED: disk, or a limit of the daemon
     +-- DeadlineExceeded      DEADLINE_EXCEEDED: no answer in time
     +-- Unimplemented         UNIMPLEMENTED: the daemon is older than this client
     +-- InternalError         every other status; a fault of the daemon
@@ -25,6 +25,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+REQUEST_ID_KEY = "request-id"
+"""Metadata of a call: its id in the daemon's log."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,13 @@ class FinetunedError(Exception):
     """Base of all errors of this package.
 
     `code` is the name of the gRPC status, `reason` the daemon's stable reason in capitals; both are
-    empty where the error did not come from the daemon and has no such thing.
+    empty where the error did not come from the daemon and has no such thing. `request_id` is the
+    call's in the daemon's log: `finetunectl daemon logs --request ID`. It is not the `request_id`
+    of `create_task` and `start_task`, which makes a repeat safe.
     """
 
     code = ""
+    request_id = ""
 
     def __init__(self, message: str, *, reason: str = "", code: str = "") -> None:
         super().__init__(message)
@@ -149,7 +155,7 @@ class Unauthenticated(FinetunedError):
 
 
 class ResourceExhausted(FinetunedError):
-    """Something has run out: disk, queue, message size."""
+    """Something has run out: the disk, or a limit of the daemon, such as `LIMIT_OPEN_STREAMS`."""
 
     code = "RESOURCE_EXHAUSTED"
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import grpc
 
-from finetuned._connect import Endpoint, find
+from finetuned._channel import open_channel
+from finetuned._connect import TOKEN_VARIABLE, Endpoint, find
 from finetuned._errors import DaemonNotStarted, DaemonUnavailable
 from finetuned._paths import RUNTIME_DIR_VARIABLE, STATE_DIR_VARIABLE, paths
+from finetuned._tls import TLS
 from finetuned.v1 import system_service_pb2, system_service_pb2_grpc
 
 START_SECONDS = 15.0
@@ -35,6 +37,7 @@ def start_daemon(
     token: str | None = None,
     timeout: float = START_SECONDS,
     on_start: Callable[[Path], None] | None = None,
+    tls: TLS | None = None,
 ) -> bool:
     """Start the daemon if none serves, and wait until it answers.
 
@@ -46,6 +49,7 @@ def start_daemon(
         token: As for `Client`.
         timeout: Seconds within which the daemon must answer.
         on_start: Called with the path of the daemon's log once its process has been started.
+        tls: As for `Client`.
 
     Returns:
         Whether a process was started.
@@ -55,7 +59,7 @@ def start_daemon(
         DaemonUnavailable: Nobody serves the address that was named.
     """
     deadline = time.monotonic() + timeout
-    endpoint = _find(address, token)
+    endpoint = _find(address, token, tls)
     if endpoint is not None and endpoint.is_listening():
         return False
     if endpoint is not None and not endpoint.is_default:
@@ -71,7 +75,7 @@ def start_daemon(
         on_start(log)
     while time.monotonic() < deadline:
         status = process.poll()
-        if status == _ALREADY_SERVED and not _is_served(address, token):
+        if status == _ALREADY_SERVED and not _is_served(address, token, tls):
             # The one before has closed its socket and still holds its lock.
             time.sleep(_POLL_SECONDS)
             process = _spawn(log)
@@ -80,7 +84,7 @@ def start_daemon(
                 f"the daemon ended with status {status}; the end of {log}:\n"
                 f"{_tail(log, start_of_log)}"
             )
-        if _is_served(address, token):
+        if _is_served(address, token, tls):
             # Reaps it, should it end while this process lives, and keeps Popen's warning quiet.
             threading.Thread(target=process.wait, name="finetuned-reaper", daemon=True).start()
             return True
@@ -112,20 +116,21 @@ def _make_private(folder: Path) -> None:
             made.chmod(0o700)  # a umask can take from the owner too
 
 
-def _find(address: str | None, token: str | None) -> Endpoint | None:
+def _find(address: str | None, token: str | None, tls: TLS | None) -> Endpoint | None:
     try:
-        return find(address, token)
+        return find(address, token, tls)
     except DaemonUnavailable:  # no unix sockets here, and no daemon has written its address yet
         return None
 
 
-def _is_served(address: str | None, token: str | None) -> bool:
-    endpoint = _find(address, token)
+def _is_served(address: str | None, token: str | None, tls: TLS | None) -> bool:
+    endpoint = _find(address, token, tls)
     return endpoint is not None and endpoint.is_listening() and _answers(endpoint)
 
 
 def _spawn(log: Path) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
+    environment.pop(TOKEN_VARIABLE, None)  # a client's, and no business of the daemon's
     # The daemon's working folder is another one: what is relative here must not be relative there.
     for variable in (STATE_DIR_VARIABLE, RUNTIME_DIR_VARIABLE):
         if environment.get(variable):
@@ -160,7 +165,7 @@ def _command() -> list[str]:
 
 
 def _answers(endpoint: Endpoint) -> bool:
-    with grpc.insecure_channel(endpoint.target, endpoint.options) as channel:
+    with open_channel(endpoint) as channel:
         try:
             system_service_pb2_grpc.SystemServiceStub(channel).GetSystemInfo(
                 system_service_pb2.GetSystemInfoRequest(), timeout=1, metadata=endpoint.metadata

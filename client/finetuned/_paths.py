@@ -43,14 +43,24 @@ class Paths:
         return self.runtime_dir / "token"
 
     @property
+    def read_only_token(self) -> Path:
+        """The token that may read, of mode 0600; not there unless somebody has made one."""
+        return self.runtime_dir / "token-read-only"
+
+    @property
     def lock(self) -> Path:
         """Locked by the live daemon as long as it lives."""
         return self.runtime_dir / "lock"
 
     @property
     def log(self) -> Path:
-        """Log of a daemon that a client started in the background."""
+        """Stderr of a daemon that a client started in the background: what comes before its log."""
         return self.state_dir / "daemon.log"
+
+    @property
+    def log_file(self) -> Path:
+        """The daemon's log, JSON lines; older ones beside it, `daemon.jsonl.1` and so on."""
+        return self.state_dir / "logs" / "daemon.jsonl"
 
 
 def paths(state_dir: Path | None = None, runtime_dir: Path | None = None) -> Paths:

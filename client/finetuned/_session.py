@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 
 from finetuned._connect import Endpoint, find
-from finetuned._errors import DaemonUnavailable, FinetunedError
+from finetuned._errors import REQUEST_ID_KEY, DaemonUnavailable, FinetunedError, Unauthenticated
 from finetuned._language import METADATA_KEY, language_of
+from finetuned._tls import TLS, advise, explain
 
 RETRY_SECONDS = 10.0
 """How long a call that can be repeated is repeated while the daemon is away."""
@@ -31,10 +33,16 @@ class Session:
     """Address and history of one client's connection; knows no channel."""
 
     def __init__(
-        self, address: str | None, token: str | None, timeout: float, language: str | None
+        self,
+        address: str | None,
+        token: str | None,
+        timeout: float,
+        language: str | None,
+        tls: TLS | None = None,
     ) -> None:
         self._address = address
         self._token = token
+        self._tls = tls
         self.timeout = timeout
         self.language = language_of(language)
         self.was_reached = False
@@ -48,16 +56,28 @@ class Session:
 
     def locate(self) -> Endpoint:
         """Where the daemon is now; a new one may have another port and token."""
-        return find(self._address, self._token)
+        return find(self._address, self._token, self._tls)
 
     def metadata(self, endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
-        """Metadata of every call to that endpoint."""
-        return (*endpoint.metadata, (METADATA_KEY, self.language))
+        """Metadata of a call to that endpoint, with an id of its own for the daemon's log."""
+        request_id = secrets.token_hex(8)
+        return (*endpoint.metadata, (METADATA_KEY, self.language), (REQUEST_ID_KEY, request_id))
 
-    def check(self, endpoint: Endpoint, error: FinetunedError) -> None:
-        """Raise the error where waiting cannot help: nobody was ever there, and nobody is now."""
-        if not self.was_reached and not endpoint.is_listening():
+    def check(self, endpoint: Endpoint, error: FinetunedError) -> FinetunedError:
+        """Raise the error where waiting cannot help: nobody was ever there, and nobody is now.
+
+        Returns:
+            The error; where the token was changed meanwhile, one that another attempt mends.
+        """
+        if isinstance(error, Unauthenticated):
+            if self.locate().token in ("", endpoint.token):
+                raise error
+            return DaemonUnavailable("the token was changed; the new one is shown from now on")
+        # A handshake that fails now fails in a second as well.
+        is_refused = isinstance(error, DaemonUnavailable) and explain(endpoint.tls, error.message)
+        if is_refused or (not self.was_reached and not endpoint.is_listening()):
             raise unreachable(endpoint, error) from error
+        return error
 
 
 class Attempts:
@@ -67,10 +87,18 @@ class Attempts:
         self._session = session
         self._repeatable = repeatable
         self._delays = Backoff()
+        self._has_shown_another = False
         self._deadline = time.monotonic() + RETRY_SECONDS
 
     def after(self, endpoint: Endpoint, error: FinetunedError) -> float:
         """Seconds to wait before the next attempt; raises the error where there is to be none."""
+        if isinstance(error, Unauthenticated):
+            # A call that was not let in was not begun, so that any can be made again, once.
+            if self._has_shown_another:
+                raise error
+            self._session.check(endpoint, error)
+            self._has_shown_another = True
+            return 0
         if not isinstance(error, DaemonUnavailable):
             raise error
         self._session.check(endpoint, error)
@@ -86,4 +114,10 @@ def unreachable(endpoint: Endpoint, error: FinetunedError) -> FinetunedError:
         return error
     if not endpoint.is_listening():
         return DaemonUnavailable(f"no daemon serves {endpoint.target}")
-    return DaemonUnavailable(f"no daemon answers at {endpoint.target} ({error.message})")
+    why = explain(endpoint.tls, error.message)
+    if why:
+        return DaemonUnavailable(f"no connection with {endpoint.target}: {why}", reason="TLS")
+    message = f"no daemon answers at {endpoint.target} ({error.message})"
+    if not endpoint.is_unix and "closed" in error.message.lower():
+        message += f"; {advise(endpoint.tls)}"
+    return DaemonUnavailable(message)

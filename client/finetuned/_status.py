@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
@@ -10,19 +11,32 @@ from grpc_status import rpc_status
 
 from finetuned._errors import (
     BY_CODE,
+    REQUEST_ID_KEY,
     FailedPrecondition,
     FieldViolation,
     FinetunedError,
     InternalError,
     InvalidArgument,
     PreconditionViolation,
+    ResourceExhausted,
 )
 
+_TOO_LARGE = "message larger than max"
 
-def from_rpc_error(error: grpc.RpcError) -> FinetunedError:
-    """The error that a failed call of `grpc` or `grpc.aio` stands for."""
+
+def from_rpc_error(error: grpc.RpcError, sent: Iterable[tuple[str, str]] = ()) -> FinetunedError:
+    """The error that a failed call of `grpc` or `grpc.aio` stands for.
+
+    Args:
+        error: What was raised.
+        sent: Metadata of the call; its id is the error's where no answer has it.
+    """
     call: Any = error  # both kinds have code(), details() and trailing_metadata()
-    return from_status(call.code().name, call.details() or "", _details(call))
+    result = from_status(call.code().name, call.details() or "", _details(call))
+    for key, value in (*sent, *(call.trailing_metadata() or ())):
+        if key == REQUEST_ID_KEY:
+            result.request_id = str(value)
+    return result
 
 
 def from_status(code: str, message: str, status: status_pb2.Status | None) -> FinetunedError:
@@ -34,6 +48,8 @@ def from_status(code: str, message: str, status: status_pb2.Status | None) -> Fi
         status: The rich status, where the daemon sent one.
     """
     reason = ""
+    if code == ResourceExhausted.code and status is None and _TOO_LARGE in message:
+        reason = "LIMIT_MESSAGE_BYTES"  # far too large: gRPC itself answers, which knows no reasons
     fields: list[FieldViolation] = []
     preconditions: list[PreconditionViolation] = []
     for detail in status.details if status is not None else ():

@@ -26,6 +26,9 @@ ENDED = frozenset(
 )
 """The states in which no run is going on or waiting."""
 
+_REPLACED = frozenset({"LOG_EPOCH_CHANGED", "SEQ_BEYOND_LAST"})
+"""Reasons why a place that was good is none any more."""
+
 # A transport that breaks can look like a fault of the daemon; one that always "breaks" is a fault.
 _MOST_FAULTS = 5
 
@@ -40,7 +43,19 @@ class ConnectionLost:
     """Last `seq` seen before."""
 
 
-WatchItem: TypeAlias = Snapshot | Event | ConnectionLost
+@dataclass(frozen=True)
+class LogReplaced:
+    """The daemon has another log now, after a restore or a loss of power; the watch goes on in it.
+
+    A `Snapshot` comes next, and then the events of the new log from its first on: what was made of
+    those before is to be thrown away.
+    """
+
+    after_seq: int
+    """Last `seq` seen of the log before."""
+
+
+WatchItem: TypeAlias = Snapshot | Event | ConnectionLost | LogReplaced
 """What a watch yields: the task first and after each reconnection, then events by `seq`."""
 
 
@@ -66,6 +81,7 @@ class Cursor:
         self._faults = 0
         self._end_seq: int | None = None
         self._history_seq = 0
+        self._was_followed = False
 
     def request(self) -> WatchTaskRequest:
         """What to ask for on a new stream."""
@@ -91,7 +107,7 @@ class Cursor:
             case _:  # a heartbeat, or what a later daemon may send
                 return None
 
-    def lost(self, error: FinetunedError | None) -> ConnectionLost | None:
+    def lost(self, error: FinetunedError | None) -> ConnectionLost | LogReplaced | None:
         """Take the end of a stream; returns what is to be yielded, once an outage.
 
         Args:
@@ -107,6 +123,10 @@ class Cursor:
             if self._faults >= _MOST_FAULTS:
                 raise error
             error = DaemonUnavailable(f"the connection broke: {error.message}")
+        if isinstance(error, OutOfRange) and error.reason in _REPLACED and self._was_followed:
+            replaced = LogReplaced(self._seq)
+            self._seq, self._log_epoch = 0, ""
+            return replaced
         if not isinstance(error, DaemonUnavailable):
             raise error
         now = time.monotonic()
@@ -129,11 +149,14 @@ class Cursor:
                 reason="LOG_REPLACED",
             )
         self._log_epoch = snapshot.log_epoch
+        self._was_followed = True
         # Up to here it is history: ends of earlier runs among it end no watch.
         self._history_seq = task.last_seq
         if task.state == TaskState.TASK_STATE_PENDING and self._seq:
             # What has ended since is a probe of a task that was never started otherwise.
             self._history_seq = self._seq
+        if not self._seq:  # the log begins with the oldest event that the daemon has kept
+            self._seq = max(snapshot.first_seq - 1, 0)
         self._end_seq = task.last_seq if task.state in ENDED else None
         self._finish_at_end()
 
@@ -156,4 +179,6 @@ class Cursor:
 def _is_end(event: Event) -> bool:
     """Whether a run has ended, be it a probe after which its task is what it was before."""
     change = event.state_change
+    if change.new_state == TaskState.TASK_STATE_PAUSED:  # for want of space, say: it goes on
+        return False
     return change.new_state in ENDED or change.end_reason != EndReason.END_REASON_UNSPECIFIED

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from finetuned_daemon.backups import DailyBackups
 from finetuned_daemon.config import Config
 from finetuned_daemon.dataset.worker import Worker
 from finetuned_daemon.environment.environment import Environment
+from finetuned_daemon.events.retention import Retention
+from finetuned_daemon.limits import Limits, open_files
 from finetuned_daemon.manager import Manager
 from finetuned_daemon.planner import Planner
+from finetuned_daemon.power import Power
 from finetuned_daemon.requests import Repeats
 from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.ledger import Ledger
 from finetuned_daemon.store.measurement_rows import MeasurementRows
 from finetuned_daemon.store.records import Records
+from finetuned_daemon.tasks import TaskState
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.validation.judge import Judge
 
@@ -21,16 +26,19 @@ class App:
     """Everything that services call."""
 
     def __init__(self, config: Config, database: Database) -> None:
-        records = Records(database)
+        self.limits = Limits(config.limits)
+        records = Records(database, self.limits)
         repeats = Repeats(database)
+        self.backups = DailyBackups(config, database)
         self.environment = Environment(config)
         self.worker = Worker(config)
         self.quota = Quota(config.training_quota, Ledger(database), records)
-        self.judge = Judge(records, self.environment)
+        self.judge = Judge(records, self.environment, config.paths)
         self.planner = Planner(
             self.worker, self.environment, records, self.quota, MeasurementRows(database)
         )
         self.templates = TemplateManager(database, repeats)
+        self.retention = Retention(database, self.limits["events"])
         self.manager = Manager(
             config,
             database,
@@ -42,9 +50,18 @@ class App:
             environment=self.environment,
             quota=self.quota,
         )
+        self.power = Power(self.manager.runs.save_now)
+        self.manager.events.on_end = self.retention.look
+        self.limits.count_by("tasks", records.count)
+        self.limits.count_by("queued_tasks", lambda: records.count(TaskState.QUEUED))
+        self.limits.count_by("data_questions", lambda: self.worker.asked)
+        self.limits.count_by("open_files", open_files)
 
     async def close(self) -> None:
         """Ends the processes that answer questions, and leaves runs alone."""
+        self.power.close()
+        await self.retention.close()
         await self.worker.close()
         await self.environment.close()
         await self.manager.close()
+        await self.backups.close()

@@ -26,7 +26,7 @@ from finetuned_daemon.runs.outputs import Deleted, delete_outputs, read_records
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.task_requests import ResumeChoice, StartOptions
-from finetuned_daemon.tasks import ACTIVE, Run, Task, now_us
+from finetuned_daemon.tasks import UNDER_WAY, Run, Task, TaskState, now_us
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.checkpoint import (
     ADAPTER_CONFIG,
@@ -73,6 +73,14 @@ class Resumed:
 
     parameters: Parameters
     notices: Sequence[Notice] = ()
+
+
+def check_resume(chooses: bool, path: str) -> list[Violation]:
+    """What to go on from is chosen or named, not both."""
+    if not chooses or not path:
+        return []
+    text = Text("is given together with resume", "与 resume 同时给出")
+    return [Violation("resume_path", text, "CHECKPOINT_GIVEN_TWICE")]
 
 
 def notices_of(violations: Iterable[Violation]) -> list[Notice]:
@@ -204,27 +212,32 @@ class Checkpoints:
             WrongState: The task has no such checkpoint.
         """
         parameters = task.parameters
-        if options.resume and options.resume_path:
-            text = Text("is given together with resume", "与 resume 同时给出")
-            raise InvalidRequest([Violation("resume_path", text, "CHECKPOINT_GIVEN_TWICE")])
+        if wrong := check_resume(options.resume is not None, options.resume_path):
+            raise InvalidRequest(wrong)
         if options.resume_path:
-            return Resumed(_resuming(parameters, task.training_type, options.resume_path))
+            return Resumed(resuming(parameters, task.training_type, options.resume_path))
         if options.resume is None:
             return Resumed(parameters)
         found = await self.of_task(task)
         chosen, passed = await asyncio.to_thread(choose, found, options.resume)
         if chosen is None:
             raise _none_to_resume(task, options.resume, found, passed)
-        notices = [
-            Notice(
-                field="data.resume_from_checkpoint",
-                reason="CHECKPOINT_PASSED_OVER",
-                message=f"{broken.path} is not whole ({_en(broken.problem)}) and is passed over; "
-                f"the run goes on from {chosen.path}.",
-            )
-            for broken in passed
-        ]
-        return Resumed(_resuming(parameters, task.training_type, chosen.path), notices)
+        notices = _passed_over(passed, f"goes on from {chosen.path}")
+        return Resumed(resuming(parameters, task.training_type, chosen.path), notices)
+
+    async def resume_run(self, run: Run, training_type: TrainingType) -> tuple[str, Resumed]:
+        """The checkpoint that a paused run goes on from, and the parameters of its next process.
+
+        It is the newest whole one that it saved; empty: it begins as its own parameters say.
+        """
+        found = await asyncio.to_thread(list_checkpoints, [run])
+        chosen, passed = await asyncio.to_thread(choose, found, ResumeChoice.NEWEST_CHECKPOINT)
+        if chosen is None:
+            begun = run.parameters.data.resume_from_checkpoint
+            how = f"goes on from {begun}" if begun else "begins anew"
+            return "", Resumed(run.parameters, _passed_over(passed, how))
+        parameters = resuming(run.parameters, training_type, chosen.path)
+        return chosen.path, Resumed(parameters, _passed_over(passed, f"goes on from {chosen.path}"))
 
     def check_there(self, parameters: Parameters) -> None:
         """Raises WrongState where somebody deletes what a run would go on from."""
@@ -237,7 +250,7 @@ class Checkpoints:
 
         Raises:
             NotFound: There is none of that name.
-            WrongState: Its task is active, or another run goes on from it.
+            WrongState: Its task has a run that is not over, or another run goes on from it.
         """
         task, run, step = self._named(name)
         folder = Path(run.output_dir, f"checkpoint-{step}")
@@ -265,9 +278,9 @@ class Checkpoints:
         return task, run, int(match[3])
 
     def check_unused(self, task: Task, folders: Sequence[Path]) -> None:
-        """Raises WrongState where an active run goes on from a checkpoint in one of these."""
+        """Raises WrongState where another task's run goes on from a checkpoint in one of these."""
         roots = [os.path.realpath(folder) for folder in folders]
-        for run in self._records.active_runs():
+        for run in self._under_way():
             resumed = run.parameters.data.resume_from_checkpoint
             path = os.path.realpath(resumed) if resumed and run.task_key != task.key else ""
             if path and any(path.startswith(f"{root}{os.sep}") for root in roots):
@@ -282,11 +295,8 @@ class Checkpoints:
         path = os.path.realpath(folder)
         if path in self._deleting or not folder.is_dir():
             raise NotFound("checkpoint", name)
-        if task.state in ACTIVE:
-            raise WrongState(
-                task.name, "TASK_ACTIVE", f"{task.name} is {task.state.lower()}; stop it first"
-            )
-        for run in self._records.active_runs():
+        check_idle(task)
+        for run in self._under_way():
             resumed = run.parameters.data.resume_from_checkpoint
             if resumed and os.path.realpath(resumed) == path:
                 user = self._records.task_by_key(run.task_key)
@@ -295,6 +305,9 @@ class Checkpoints:
                     name, "CHECKPOINT_IN_USE", f"{name} goes on from {path}; stop it first"
                 )
         return path
+
+    def _under_way(self) -> list[Run]:
+        return [*self._records.active_runs(), *self._records.paused_runs()]
 
     def _record_deletion(self, task: Task, run: Run, folder: Path, step: int) -> None:
         """Says it in the task's log, and names the newest checkpoint that is left."""
@@ -323,7 +336,31 @@ def _standing(folder: Path) -> list[str]:
     return [str(folder)] if os.path.lexists(folder) else []
 
 
-def _resuming(parameters: Parameters, training_type: TrainingType, path: str) -> Parameters:
+def _passed_over(passed: Sequence[Checkpoint], how: str) -> list[Notice]:
+    return [
+        Notice(
+            field="data.resume_from_checkpoint",
+            reason="CHECKPOINT_PASSED_OVER",
+            message=f"{broken.path} is not whole ({_en(broken.problem)}) and is passed over; "
+            f"the run {how}.",
+        )
+        for broken in passed
+    ]
+
+
+def check_idle(task: Task) -> None:
+    """Raises WrongState where a run of a task is not over: nothing of it may be changed then."""
+    if task.state is TaskState.PAUSED:
+        raise WrongState(
+            task.name, "TASK_PAUSED", f"{task.name} is paused; resume it or stop it first"
+        )
+    if task.state in UNDER_WAY:
+        raise WrongState(
+            task.name, "TASK_ACTIVE", f"{task.name} is {task.state.lower()}; stop it first"
+        )
+
+
+def resuming(parameters: Parameters, training_type: TrainingType, path: str) -> Parameters:
     """The parameters with the checkpoint in them.
 
     Weights that the task attaches at its beginning are in the checkpoint already: it has their

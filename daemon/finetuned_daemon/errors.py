@@ -8,19 +8,21 @@
     +-- StaleEtag           it has changed since the caller saw it
     +-- CursorOutOfRange    no such place in an event log
     +-- DiskFull            nothing was written
-    +-- TooMany             others are being answered; ask again later
+    +-- LimitReached        a bound of `limits.py`
     +-- Stopping            the daemon is about to end
+    +-- Unauthenticated     no token, or one that is not known
+    +-- Forbidden           known, and not allowed to do this
 
 Nothing here knows gRPC: `services/edge.py` has the one table from these classes to status codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from finetuned_daemon.texts import Text
+from finetuned_daemon.texts import Text, printable
 
 
 class Severity(StrEnum):
@@ -52,6 +54,14 @@ class DaemonError(Exception):
     """Base of all; `reason` is stable and in capitals."""
 
     reason = "ERROR"
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What a program may want of it beside the reason."""
+        return {}
 
 
 class InvalidRequest(DaemonError):
@@ -105,9 +115,16 @@ class StaleEtag(DaemonError):
 class CursorOutOfRange(DaemonError):
     """No such place in an event log."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, first_seq: int = 0) -> None:
         self.reason = reason
+        self.first_seq = first_seq
+        """Of the oldest event that is kept, where that is the reason."""
         super().__init__(message)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The oldest event that is kept."""
+        return {"first_seq": str(self.first_seq)} if self.first_seq else {}
 
 
 class DiskFull(DaemonError):
@@ -119,10 +136,18 @@ class DiskFull(DaemonError):
         super().__init__(f"no space left for {where}; nothing was changed")
 
 
-class TooMany(DaemonError):
-    """Others are being answered; ask again later."""
+class LimitReached(DaemonError):
+    """A bound of `limits.py`: nothing was done."""
 
-    reason = "TOO_MANY"
+    def __init__(self, reason: str, limit: int, message: str) -> None:
+        self.reason = reason
+        self.limit = limit
+        super().__init__(message)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The bound."""
+        return {"limit": str(self.limit)}
 
 
 class Stopping(DaemonError):
@@ -132,3 +157,19 @@ class Stopping(DaemonError):
 
     def __init__(self) -> None:
         super().__init__("the daemon stops; runs go on, ask again when it is back")
+
+
+class Unauthenticated(DaemonError):
+    """No token, or one that is not known; no message ever holds it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+
+
+class Forbidden(DaemonError):
+    """Known, and not allowed to do this."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)

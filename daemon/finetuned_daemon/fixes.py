@@ -330,6 +330,18 @@ def _again(failure: Failure) -> Fix | None:
     )
 
 
+def _go_on(_: Failure) -> Fix | None:
+    return Fix(
+        {},
+        Text(
+            "nothing shows that the settings are to blame; look at the driver and at the disks, "
+            "which a process can wait for without end",
+            "没有迹象表明设置有问题；请检查驱动程序和磁盘，进程可能会无限期地等待它们",
+        ),
+        resumes=True,
+    )
+
+
 def _if_it_was_memory(rung: Callable[[Failure], Fix | None]) -> Callable[[Failure], Fix | None]:
     def of(failure: Failure) -> Fix | None:
         fix = rung(failure) if failure.may_be_memory else None
@@ -360,6 +372,7 @@ _LADDERS: dict[EndReason, tuple[Callable[[Failure], Fix | None], ...]] = {
     EndReason.LOSS_NOT_FINITE: (_bf16, _lower_rate),
     EndReason.DISK_FULL: (_fewer_checkpoints,),
     EndReason.MODEL_UNLOADABLE: (_lora_for_qlora,),
+    EndReason.RUNNER_HUNG: (_go_on,),
 }
 """What to try, mildest first."""
 
@@ -380,8 +393,10 @@ _BY_HAND: dict[EndReason, Text] = {
         "请结束其他程序，或改用更小的模型或内存更大的机器。",
     ),
     EndReason.DISK_FULL: Text(
-        "Make room on the disk of data.output_dir, or choose another folder, and start again.",
-        "请在 data.output_dir 所在磁盘腾出空间，或换一个目录，然后重新启动。",
+        "Make room on the disk of data.output_dir: a paused run goes on by itself then, a failed "
+        "one once it is started again. Or choose another folder.",
+        "请在 data.output_dir 所在磁盘腾出空间：已暂停的运行会自动继续，已失败的请重新启动；"
+        "也可以换一个目录。",
     ),
     EndReason.DATASET_INVALID: Text(
         "Mend the data file; finetunectl dataset inspect shows every bad line, and what of it is "
@@ -410,6 +425,10 @@ _BY_HAND: dict[EndReason, Text] = {
     EndReason.RUNNER_CRASHED: Text(
         "Read the traceback and the log; finetunectl doctor says whether the environment is whole.",
         "请查看错误堆栈和日志；finetunectl doctor 会检查环境是否完好。",
+    ),
+    EndReason.RUNNER_HUNG: Text(
+        "Look at the driver and at the disks, and go on from the newest checkpoint.",
+        "请检查驱动程序和磁盘，然后从最新的检查点继续。",
     ),
     EndReason.INTERRUPTED: Text(
         "Start it again, from the newest checkpoint where there is one.",

@@ -1,37 +1,44 @@
-"""One daemon a state folder and runtime folder: folders, locks, token, endpoint file."""
+"""One daemon a state folder and runtime folder: folders, locks, endpoint file."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import grp
 import json
 import os
-import pwd
-import secrets
 import socket
-import stat
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetuned._paths import RUNTIME_DIR_VARIABLE, STATE_DIR_VARIABLE, Paths
+import psutil
+
+from finetuned._paths import Paths
 from finetuned._version import __version__
-from finetuned_daemon.runs.contract import write_atomic
+from finetuned_daemon.privacy import check_private, make_private
+from finetuned_daemon.runs.contract import boot_id, write_atomic
+from finetuned_daemon.store.files import SERVING
+from finetuned_daemon.tokens import check_tokens
+
+_CONNECT_SECONDS = 2.0
+_ANNOUNCE_SECONDS = 5.0
+_LOOK_SECONDS = 0.02
 
 
 class AlreadyServing(Exception):
     """Another daemon has these folders; the message says where it serves."""
 
 
-class FolderUnsafe(Exception):
-    """A folder can be reached by others, or is not ours; the message has the remedy."""
-
-
 class Instance:
     """Holds the folders of one daemon from its start to its end."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, private: Sequence[Path] = ()) -> None:
         """Takes the folders.
+
+        Args:
+            paths: Where they are.
+            private: What else must be this user's alone, where it is there.
 
         Raises:
             FolderUnsafe: Another user could read or replace what lies in them.
@@ -40,32 +47,27 @@ class Instance:
         """
         self.paths = paths
         for folder in (paths.state_dir, paths.runtime_dir):
-            _make_private(folder)
+            make_private(folder)
+        for path in private:
+            check_private(path)
+        check_tokens(paths)
         self._locks: list[int] = []
+        self._has_announced = False
         # A flock goes with its process, however that ends, so a lock that can be had is a lock that
         # nobody holds.
-        for lock in (paths.lock, paths.state_dir / "lock"):
+        for lock, endpoint in (
+            (paths.lock, paths.endpoint),
+            (paths.state_dir / "lock", self._state_endpoint),
+        ):
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
                 self._unlock()
-                raise AlreadyServing(_describe(paths)) from None
+                raise AlreadyServing(_describe(lock.parent, endpoint)) from None
             self._locks.append(descriptor)
         self._clear_socket()
-
-    def token(self) -> str:
-        """The token for TCP; made at the first use."""
-        try:
-            token = self.paths.token.read_text().strip()
-        except FileNotFoundError:
-            token = ""
-        if not token:
-            token = secrets.token_urlsafe(32)
-            write_atomic(self.paths.token, token.encode() + b"\n")
-            self.paths.token.chmod(0o600)
-        return token
 
     def announce(self, addresses: list[str]) -> None:
         """Tells clients where this daemon serves."""
@@ -74,13 +76,24 @@ class Instance:
             "pid": os.getpid(),
             "version": __version__,
             "state_dir": str(self.paths.state_dir),
+            "boot_id": boot_id(),
         }
-        write_atomic(self.paths.endpoint, json.dumps(content, indent=1).encode() + b"\n")
+        self._has_announced = True
+        # Beside the database too: who serves it may have another runtime folder.
+        for path in (self._state_endpoint, self.paths.endpoint):
+            write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")
+
+    @property
+    def _state_endpoint(self) -> Path:
+        return self.paths.state_dir / SERVING
 
     def close(self) -> None:
         """Gives the folders back."""
         for path in (self.paths.endpoint, self.paths.socket):
             path.unlink(missing_ok=True)
+        # Else it is that of a daemon that was killed, and tells the next start that it was.
+        if self._has_announced:
+            self._state_endpoint.unlink(missing_ok=True)
         self._unlock()
 
     def _unlock(self) -> None:
@@ -91,11 +104,14 @@ class Instance:
     def _clear_socket(self) -> None:
         """Removes the socket of a daemon that is gone; told by connecting, never by its age."""
         path = self.paths.socket
-        if not path.exists():
+        if not os.path.lexists(path):
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(_CONNECT_SECONDS)
             try:
                 probe.connect(os.fspath(path))
+            except (BlockingIOError, TimeoutError):
+                pass  # somebody listens, and is too busy to answer
             except OSError:
                 path.unlink(missing_ok=True)
                 return
@@ -103,61 +119,14 @@ class Instance:
         raise AlreadyServing(f"somebody serves on {path}, although the lock is free")
 
 
-def _check_ancestors(folder: Path) -> None:
-    """Whoever can write in a parent can put another folder in place of ours."""
-    for parent in folder.resolve().parents:
-        status = parent.stat()
-        if status.st_uid not in (0, os.getuid()):
-            raise FolderUnsafe(
-                f"{parent} belongs to another user, so {folder} is not safe in it; choose another "
-                f"folder by {STATE_DIR_VARIABLE} and {RUNTIME_DIR_VARIABLE}"
-            )
-        others = status.st_mode & (0o002 if _is_private_group(status.st_gid) else 0o022)
-        if others and not status.st_mode & stat.S_ISVTX:
-            raise FolderUnsafe(
-                f"{parent} can be written by others, so {folder} is not safe in it; "
-                f"run: chmod go-w {parent}"
-            )
-
-
-def _is_private_group(gid: int) -> bool:
-    """Whether a group is its user's alone, as many distributions make one for each user."""
-    try:
-        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
-    except KeyError:
-        return False
-    return (
-        gid == user.pw_gid
-        and group.gr_name == user.pw_name
-        and not set(group.gr_mem) - {user.pw_name}
-    )
-
-
-def _make_private(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise FolderUnsafe(f"{folder} can't be a folder: there is a file in its place") from error
-    status = folder.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        # A link that we own is a user's choice; one of somebody else's is an attack in a shared
-        # folder.
-        if status.st_uid != os.getuid():
-            raise FolderUnsafe(f"{folder} is a link of another user's; remove it")
-        status = folder.stat()
-    if status.st_uid != os.getuid():
-        raise FolderUnsafe(f"{folder} belongs to another user; choose another folder")
-    if status.st_mode & 0o077:
-        raise FolderUnsafe(
-            f"{folder} has mode {stat.S_IMODE(status.st_mode):04o}, so others can get at the "
-            f"daemon; run: chmod 700 {folder}"
-        )
-    _check_ancestors(folder)
-
-
-def _describe(paths: Paths) -> str:
-    with contextlib.suppress(OSError, ValueError):
-        content: Any = json.loads(paths.endpoint.read_bytes())
-        addresses = ", ".join(content["addresses"])
-        return f"a daemon already serves on {addresses} (pid {content['pid']})"
-    return f"a daemon already holds {paths.state_dir} or {paths.runtime_dir}"
+def _describe(folder: Path, endpoint: Path) -> str:
+    """Where the daemon serves that holds a folder; one that only begins has not said it yet."""
+    deadline = time.monotonic() + _ANNOUNCE_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            content: Any = json.loads(endpoint.read_bytes())
+            if psutil.pid_exists(content["pid"]):  # else it is left from one that was killed
+                addresses = ", ".join(content["addresses"])
+                return f"a daemon already serves on {addresses} (pid {content['pid']})"
+        time.sleep(_LOOK_SECONDS)
+    return f"a daemon already holds {folder}"

@@ -13,10 +13,17 @@ from pathlib import Path
 
 from finetuned._paths import RUNTIME_DIR_VARIABLE, STATE_DIR_VARIABLE, paths
 from finetuned._version import __version__
+from finetuned_daemon import logs
+from finetuned_daemon.commands import db, token
 from finetuned_daemon.config import Config
-from finetuned_daemon.instance import AlreadyServing, FolderUnsafe, Instance
-from finetuned_daemon.server import BadAddress, parse_loopback, serve
+from finetuned_daemon.instance import AlreadyServing, Instance
+from finetuned_daemon.limits import LIMITS, Limits, raise_open_files
+from finetuned_daemon.listen import BadAddress, parse_listen
+from finetuned_daemon.privacy import FolderUnsafe
+from finetuned_daemon.server import serve
 from finetuned_daemon.store.database import DatabaseUnusable
+from finetuned_daemon.store.files import FolderRemote, refuse_network
+from finetuned_daemon.tls import TLSFiles, TLSUnusable
 
 EXIT_UNUSABLE = 1
 EXIT_ALREADY_SERVING = 3
@@ -25,28 +32,37 @@ _log = logging.getLogger("finetuned_daemon")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the daemon in the foreground; returns the exit status."""
+    """Runs a command; returns the exit status."""
     # What the daemon writes is for its user alone; runs get the umask that it was started with.
     umask = os.umask(0o077)
-    config = _parse(argv, umask)
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    parser, serve_parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command == db.COMMAND:
+        return db.run(arguments)
+    if arguments.command == token.COMMAND:
+        return token.run(arguments)
+    return _serve(_config(serve_parser, arguments, umask))
+
+
+def _serve(config: Config) -> int:
+    """Runs the daemon in the foreground; returns the exit status."""
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal is no reason to end
     try:
-        instance = Instance(config.paths)
+        refuse_network(config.paths.state_dir)
+        instance = Instance(config.paths, config.private)
     except AlreadyServing as error:
         print(f"finetuned: {error}", file=sys.stderr)
         return EXIT_ALREADY_SERVING
-    except (FolderUnsafe, OSError) as error:
+    except (FolderRemote, FolderUnsafe, OSError) as error:
         print(f"finetuned: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
+    limits = Limits(config.limits)
+    logs.set_up(config.paths.log_file, config.paths.log, limits, config.log_level)
+    raise_open_files(limits["open_files"])
     try:
         asyncio.run(serve(config, instance))
-    except (BadAddress, DatabaseUnusable) as error:
+    except (BadAddress, DatabaseUnusable, FolderUnsafe, TLSUnusable) as error:
         print(f"finetuned: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
     finally:
@@ -54,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None, umask: int) -> Config:
+def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser of all commands, and the one of `serve`."""
     default = Config(paths=paths())
     parser = argparse.ArgumentParser(
         prog="finetuned",
@@ -82,10 +99,23 @@ def _parse(argv: Sequence[str] | None, umask: int) -> Config:
     )
     command.add_argument(
         "--listen",
-        default=default.listen,
-        metavar="127.0.0.1:PORT",
-        help="serve on loopback TCP as well, with a token; port 0: any that is free",
+        action="append",
+        default=[],
+        metavar="ADDRESS:PORT",
+        help="serve on TCP as well, with a token: 127.0.0.1:PORT or [::1]:PORT, or with --tls-cert "
+        "any address of this machine (0.0.0.0 or [::]: all of them, IPv4 and IPv6); port 0: any "
+        "that is free. May be given several times",
     )
+    for name, text in (
+        (
+            "cert",
+            "PEM file of the certificate that TCP is served with, those of CAs between behind "
+            "it; read again as it changes",
+        ),
+        ("key", "PEM file of its private key, of mode 0600"),
+        ("client-ca", "PEM file of a CA: clients must show a certificate of it, besides the token"),
+    ):
+        command.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=text)
     command.add_argument(
         "--runner-python", default=default.runner_python, help="Python that runs train with"
     )
@@ -99,36 +129,112 @@ def _parse(argv: Sequence[str] | None, umask: int) -> Config:
         help="checkpoints that all runs together may ever save, those of deleted tasks included; "
         "without it any number",
     )
+    command.add_argument(
+        "--backup-hours",
+        type=float,
+        default=default.backup_hours,
+        metavar="HOURS",
+        help="the database is backed up when its newest backup is so old; 0: never",
+    )
+    command.add_argument(
+        "--backup-keep",
+        type=_at_least_one,
+        default=default.backup_keep,
+        metavar="N",
+        help="how many of those stay",
+    )
+    command.add_argument(
+        "--new-database",
+        action="store_true",
+        help="begin with an empty database where it is missing, although there are run folders",
+    )
     for name, text in (
         ("save-deadline-seconds", "time that a stop has for its checkpoint before SIGTERM"),
         ("discard-deadline-seconds", "the same for a stop that saves nothing"),
         ("kill-deadline-seconds", "time between SIGTERM and SIGKILL"),
+        ("hang-notice-seconds", "time without a sign of life of a runner before it is said"),
+        ("hang-deadline-seconds", "the same before the runner is ended; 0: never"),
+        ("start-deadline-seconds", "time that a runner has to its first sign of life; 0: any"),
+        ("restart-pause-seconds", "time before a runner that crashed at once is started again"),
         ("heartbeat-seconds", "a watch that is quiet for so long sends a heartbeat"),
+        ("disk-wait-seconds", "time that a run waits in memory on a full disk before it is paused"),
+        ("disk-look-seconds", "how often it is looked whether paused runs have room again"),
     ):
         command.add_argument(
             f"--{name}", type=float, default=getattr(default, name.replace("-", "_")), help=text
         )
-    arguments = parser.parse_args(argv)
-    if arguments.listen:
-        try:
-            parse_loopback(arguments.listen)
-        except BadAddress as error:
-            parser.error(f"--listen {error}")
+    for limit in LIMITS:
+        if limit.flag:
+            command.add_argument(
+                limit.flag,
+                type=_count,
+                default=limit.default,
+                metavar="N",
+                help=f"{limit.bounds}; 0: any number",
+            )
+    command.add_argument(
+        "--log-level",
+        choices=logs.LEVELS,
+        default=default.log_level,
+        help="the least that is shown on stderr; the log file has info and above, and with debug "
+        "all",
+    )
+    db.register(commands)
+    token.register(commands)
+    return parser, command
+
+
+def _config(parser: argparse.ArgumentParser, arguments: argparse.Namespace, umask: int) -> Config:
+    default = Config(paths=paths())
+    if (arguments.tls_cert is None) is not (arguments.tls_key is None):
+        parser.error("--tls-cert and --tls-key go together")
+    if arguments.tls_client_ca is not None and arguments.tls_cert is None:
+        parser.error("--tls-client-ca needs --tls-cert and --tls-key")
+    tls = None
+    if arguments.tls_cert is not None:
+        if not arguments.listen:
+            parser.error("--tls-cert is for TCP: give --listen as well")
+        tls = TLSFiles(arguments.tls_cert, arguments.tls_key, arguments.tls_client_ca)
+    try:
+        listen = tuple(parse_listen(a, has_tls=tls is not None) for a in arguments.listen)
+    except BadAddress as error:
+        parser.error(f"--listen {error}")
     given_state_dir = (
         arguments.state_dir if arguments.state_dir != default.paths.state_dir else None
     )
     return Config(
         paths=paths(given_state_dir, arguments.runtime_dir),
-        listen=arguments.listen,
+        listen=listen,
+        tls=tls,
         runner_python=arguments.runner_python,
         runner_module=arguments.runner_module,
         save_deadline_seconds=arguments.save_deadline_seconds,
         discard_deadline_seconds=arguments.discard_deadline_seconds,
         kill_deadline_seconds=arguments.kill_deadline_seconds,
+        hang_notice_seconds=arguments.hang_notice_seconds,
+        hang_deadline_seconds=arguments.hang_deadline_seconds,
+        start_deadline_seconds=arguments.start_deadline_seconds,
+        restart_pause_seconds=arguments.restart_pause_seconds,
         heartbeat_seconds=arguments.heartbeat_seconds,
+        backup_hours=arguments.backup_hours,
+        backup_keep=arguments.backup_keep,
+        may_be_new=arguments.new_database,
+        disk_wait_seconds=arguments.disk_wait_seconds,
+        disk_look_seconds=arguments.disk_look_seconds,
         training_quota=arguments.training_quota,
+        log_level=arguments.log_level,
+        limits={
+            limit.name: getattr(arguments, f"most_{limit.name}") for limit in LIMITS if limit.flag
+        },
         runner_umask=umask,
     )
+
+
+def _at_least_one(text: str) -> int:
+    number = _count(text)
+    if not number:
+        raise argparse.ArgumentTypeError("must be 1 at least")
+    return number
 
 
 def _count(text: str) -> int:

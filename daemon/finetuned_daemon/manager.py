@@ -1,4 +1,4 @@
-"""What can be done with tasks: create, list, edit, delete, start, stop. Knows no gRPC.
+"""What can be done with tasks: create, edit, delete. Knows no gRPC; `run_manager.py` has the runs.
 
 Writes through the store alone.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -17,19 +17,15 @@ from typing import Any
 from finetuned_daemon.checkpoints import Checkpoints, notices_of
 from finetuned_daemon.config import Config
 from finetuned_daemon.environment.environment import Environment
-from finetuned_daemon.environment.model import in_a_sentence
 from finetuned_daemon.errors import (
     AlreadyExists,
-    DiskFull,
     InvalidRequest,
     NotFound,
-    StaleEtag,
     Violation,
     WrongState,
 )
 from finetuned_daemon.events import build
 from finetuned_daemon.events.log import EventLog
-from finetuned_daemon.explain import Explainer
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planner import Planner
 from finetuned_daemon.requests import (
@@ -38,25 +34,20 @@ from finetuned_daemon.requests import (
     check_display_name,
     check_id,
     check_mask,
+    check_training_type,
     masked,
     merged,
-    training_type_missing,
 )
-from finetuned_daemon.runs import scheduler
-from finetuned_daemon.runs.bundle import Bundle
-from finetuned_daemon.runs.contract import Notice, StopWish, TrainingType
-from finetuned_daemon.runs.keeper import Keeper
+from finetuned_daemon.run_manager import RunManager
+from finetuned_daemon.runs import deleted as folders
+from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.runs.outputs import Deleted, delete_outputs
 from finetuned_daemon.runs.quota import Quota
-from finetuned_daemon.runs.supervisor import Supervisor
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.records import Records
-from finetuned_daemon.task_requests import Edit, NewTask, StartOptions
+from finetuned_daemon.task_requests import Edit, NewTask
 from finetuned_daemon.tasks import (
-    ACTIVE,
-    Run,
     Task,
-    TaskState,
     default_display_name,
     new_task_id,
     now_us,
@@ -64,7 +55,6 @@ from finetuned_daemon.tasks import (
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.templates import Template
 from finetuned_daemon.texts import Text
-from finetuned_daemon.validation.checkpoint import check_hashes
 from finetuned_daemon.validation.judge import Judge
 
 _log = logging.getLogger(__name__)
@@ -101,32 +91,30 @@ class Manager:
         self._repeats = repeats
         self._templates = templates
         self._judge = judge
-        self._planner = planner
-        self._environment = environment
-        self._keeper = Keeper(database, self.records, self.events, Explainer(environment))
-        self._supervisor = Supervisor(config, self._keeper, quota, self._fill_devices)
         self.checkpoints = Checkpoints(database, self.records, self.events)
-        self._deleting: set[int] = set()
-        self._stopping = False
-
-    # --- life
+        self.runs = RunManager(
+            config,
+            database,
+            records=records,
+            events=self.events,
+            checkpoints=self.checkpoints,
+            repeats=repeats,
+            judge=judge,
+            planner=planner,
+            environment=environment,
+            quota=quota,
+        )
 
     def recover(self) -> None:
-        """Takes over what the last daemon left.
-
-        Live runs are adopted, ended ones recorded, the queue goes on.
-        """
-        for run in self.records.active_runs():
-            if run.state is TaskState.RUNNING:
-                self._supervisor.recover(run)
-        self._fill_devices()
+        """Takes over what the last daemon left."""
+        folders.recover(
+            self._config.runs_dir, lambda task_id: self.records.task(task_id) is not None
+        )
+        self.runs.recover()
 
     async def close(self) -> None:
         """Stops watching runs, and leaves them alone."""
-        self._stopping = True
-        await self._supervisor.close()
-
-    # --- read
+        await self.runs.close()
 
     def get(self, name: str) -> Task:
         """The task of a resource name.
@@ -134,24 +122,7 @@ class Manager:
         Raises:
             NotFound: There is none.
         """
-        task = self.records.task(name.removeprefix("tasks/")) if name.startswith("tasks/") else None
-        if task is None:
-            raise NotFound("task", name)
-        return task
-
-    def queue_position(self, task: Task) -> int:
-        """Place in the queue of its device, from 1; 0 if it is not queued."""
-        if task.state is not TaskState.QUEUED:
-            return 0
-        run = self.records.run(task.key, task.run)
-        return scheduler.queue_position(run, self.records.active_runs()) if run else 0
-
-    def active(self) -> dict[str, list[tuple[Run, Task]]]:
-        """Queued and running runs with their tasks, by device, in the order of the queue."""
-        result = dict[str, list[tuple[Run, Task]]]()
-        for run in self.records.active_runs():
-            result.setdefault(run.device, []).append((run, self._keeper.task_of(run)))
-        return result
+        return self.runs.get(name)
 
     # --- create, edit, delete
 
@@ -179,12 +150,12 @@ class Manager:
         answered = self._repeats.answered(request)
         if answered is not None:
             return answered
-        violations = check_id("task_id", new.task_id) + check_display_name(new.display_name)
+        violations = [*new.wrong, *check_id("task_id", new.task_id)]
+        violations += check_display_name(new.display_name)
         template = self._templates.get(new.template) if new.template else None
         training_type = new.training_type or (template.training_type if template else None)
-        if training_type is None:
-            violations.append(training_type_missing())
-        elif template:
+        violations += check_training_type(training_type, violations)
+        if training_type and template:
             violations += _check_type(template, training_type)
         training_type = training_type or TrainingType.SFT
         to_write = self._writable(new.template, training_type) if update_template else None
@@ -196,12 +167,12 @@ class Manager:
             raise InvalidRequest(violations)
         planned = 0
         if start:
-            planned = await self._prepare_start(parameters, training_type, judgement.device.id)
+            planned = await self.runs.prepare_start(parameters, training_type, judgement.device.id)
         # From here on nothing is awaited: what is checked stays true until it is written.
         answered = self._repeats.answered(request)
         if answered is not None:
             return answered
-        self._check_quota(parameters, planned)
+        self.runs.check_quota(parameters, planned)
         task = self._new_task(new, training_type, parameters)
         if validate_only:
             return task
@@ -213,7 +184,9 @@ class Manager:
 
         if start:
             notices = notices_of(judgement.violations)
-            return self._enqueue(task, judgement.device.id, planned, also, notices=notices)
+            device = judgement.device.id
+            queued = self.runs.enqueue(task, device, planned, also, notices=notices)
+            return self._repeats.first(request, queued)
         with self._database.transaction(durable=True) as connection:
             task = self.records.insert_task(connection, task)
             also(connection, task)
@@ -228,16 +201,16 @@ class Manager:
         update_template: bool,
         validate_only: bool,
     ) -> Task:
-        """Changes a task that is not active; earlier runs keep the parameters they ran with.
+        """Changes a task without a run under way; earlier runs keep the parameters they ran with.
 
         Raises:
             NotFound: There is no such task or template.
             StaleEtag: It has changed.
-            WrongState: It is queued or running, or its template can't be written.
+            WrongState: It has a run that is not over, or its template can't be written.
             InvalidRequest: With every wrong field; nothing was written.
             AlreadyExists: The display name is taken.
         """
-        task = self._idle(name, etag)
+        task = self.runs.idle(name, etag)
         violations = check_mask(edit.paths, _EDITABLE)
         display_name = task.display_name
         if edit.changes("display_name"):
@@ -265,7 +238,7 @@ class Manager:
         if violations or parameters is None:
             raise InvalidRequest(violations)
         # It may have been started or changed while files were read.
-        now = self._idle(name, etag)
+        now = self.runs.idle(name, etag)
         if now.revision != task.revision:  # nobody said which revision: then this one
             return await self.update(
                 name,
@@ -307,10 +280,11 @@ class Manager:
         Raises:
             NotFound: There is none.
             StaleEtag: It has changed.
-            WrongState: It is queued or running, or another goes on from what would be deleted.
+            WrongState: It has a run that is not over, or another task's run goes on from what would
+                be deleted.
         """
         try:
-            task = self._idle(name, etag)
+            task = self.runs.idle(name, etag)
         except NotFound:
             if allow_missing:
                 return Deleted()
@@ -322,194 +296,29 @@ class Manager:
         ]
         if with_outputs:
             self.checkpoints.check_unused(task, [output for _, output in runs])
-        self._deleting.add(task.key)
+        self.runs.deleting.add(task.key)
+        aside = None
         try:
             # Outputs first: a crash in between leaves a task that can be deleted again.
             deleted = await asyncio.to_thread(delete_outputs, runs, only_look=not with_outputs)
+            try:
+                aside = folders.put_away(self._config.runs_dir / task.task_id)
+            except OSError as error:
+                _log.warning("the run folders of %s are left: %s", task.name, error)
             with self._database.transaction(durable=True) as connection:
                 self.records.delete_task(connection, task)
                 self._database.after_commit(lambda: self.events.wake(task.key))
+        except BaseException:
+            if aside is not None:
+                folders.put_back(aside)
+            raise
         finally:
-            self._deleting.discard(task.key)
-        # Then rows: a crash in between leaves a folder that nobody names, never a task without its
-        # folder.
-        try:
-            Bundle(self._config.runs_dir / task.task_id).remove()
-        except OSError as error:
-            _log.warning("the run folders of %s are left: %s", task.name, error)
+            self.runs.deleting.discard(task.key)
+        if aside is not None:
+            folders.remove(aside)
         return deleted
 
-    # --- start, stop
-
-    async def start(
-        self,
-        name: str,
-        *,
-        etag: str,
-        request: RequestId[Task] | None,
-        options: StartOptions = StartOptions(),  # noqa: B008 - frozen
-    ) -> Task | bytes:
-        """Starts a new run; it waits in the queue while its device is busy.
-
-        Raises:
-            NotFound: There is no such task.
-            StaleEtag: It has changed.
-            WrongState: It is queued or running already, the training environment can't run, or
-                there is no such checkpoint to resume.
-            InvalidRequest: With every wrong or missing parameter.
-        """
-        answered = self._repeats.answered(request)
-        if answered is not None:
-            return answered
-        task = self._idle(name, etag)
-        resumed = await self.checkpoints.resume(task, options)
-        parameters = resumed.parameters
-        judgement = await self._judge.judge(
-            parameters.model_dump(exclude_none=True),
-            task.training_type,
-            task.device,
-            complete=True,
-            task=task,
-        )
-        if judgement.errors:
-            raise InvalidRequest(judgement.errors)
-        device = judgement.device.id
-        planned = await self._prepare_start(
-            parameters, task.training_type, device, is_probe=options.probe
-        )
-        answered = self._repeats.answered(request)
-        if answered is not None:
-            return answered
-        now = self._idle(name, etag)
-        if now.revision != task.revision:
-            return await self.start(name, etag=etag, request=request, options=options)
-        self._check_quota(parameters, planned)
-        return self._enqueue(
-            now,
-            device,
-            planned,
-            lambda c, t: self._repeats.keep(c, request, t),
-            parameters=parameters,
-            notices=[*resumed.notices, *notices_of(judgement.violations)],
-            is_probe=options.probe,
-        )
-
-    async def _prepare_start(
-        self,
-        parameters: Parameters,
-        training_type: TrainingType,
-        device: str,
-        *,
-        is_probe: bool = False,
-    ) -> int:
-        """Checks environment and quota; returns the checkpoints that the run is planned to save.
-
-        A probe saves none.
-        """
-        wrong = await self._environment.before_start(parameters, device)
-        if wrong:
-            raise WrongState(
-                "environment",
-                "ENVIRONMENT_NOT_READY",
-                f"this machine can't train: {in_a_sentence(wrong)}",
-            )
-        violations = await asyncio.to_thread(check_hashes, parameters, training_type)
-        if violations:
-            raise InvalidRequest(violations)
-        if is_probe:
-            return 0
-        planned, violations = await self._planner.check_quota(parameters, training_type)
-        if violations:
-            raise InvalidRequest(violations)
-        return planned
-
-    def stop(self, name: str, *, discard: bool) -> Task:
-        """Asks for the end of a run; a queued one ends at once.
-
-        Raises:
-            NotFound: There is no such task.
-            WrongState: It is neither queued nor running.
-        """
-        task = self.get(name)
-        run = self.records.run(task.key, task.run) if task.state in ACTIVE else None
-        if run is None:
-            raise WrongState(
-                task.name,
-                "TASK_NOT_ACTIVE",
-                f"{task.name} is {task.state.lower()}; there is nothing to stop",
-            )
-        wish = StopWish.DISCARD if discard or run.is_probe else StopWish.SAVE
-        if run.state is TaskState.QUEUED:
-            self._keeper.dequeued(run, wish)
-        else:
-            self._supervisor.stop(run, wish)
-        return self.get(name)
-
     # --- parts
-
-    def _check_quota(self, parameters: Parameters, planned: int) -> None:
-        """Raises InvalidRequest where others have taken what was left since it was planned."""
-        violations = self._planner.beyond_quota(parameters, planned) if planned else []
-        if violations:
-            raise InvalidRequest(violations)
-
-    def _enqueue(
-        self,
-        task: Task,
-        device: str,
-        planned_checkpoints: int,
-        also: Callable[[sqlite3.Connection, Task], None],
-        *,
-        parameters: Parameters | None = None,
-        notices: Sequence[Notice] = (),
-        is_probe: bool = False,
-    ) -> Task:
-        """Queues a new run, and starts it where its device is free; the task as it was queued.
-
-        Without `parameters` of its own the run has the task's.
-
-        Raises:
-            WrongState: The checkpoint that it would go on from is being deleted.
-        """
-        parameters = parameters or task.parameters
-        self.checkpoints.check_there(parameters)
-        run = Run(
-            task_key=task.key,
-            # Not the task's: that is the one before a probe.
-            number=next((run.number for run in self.records.runs(task.key, limit=1)), 0) + 1,
-            device=device,
-            parameters=parameters,
-            planned_checkpoints=planned_checkpoints,
-            is_probe=is_probe,
-        )
-        task, _ = self._keeper.enqueue(task, run, also, notices)
-        self._fill_devices()
-        return task
-
-    def _fill_devices(self) -> None:
-        """Starts whatever may start now."""
-        if self._stopping:
-            return
-        try:
-            for run in scheduler.may_start(self.records.active_runs()):
-                self._supervisor.start(run)
-            self._supervisor.share_quota()
-        except DiskFull as error:
-            # What is queued stays queued, and is tried again: there may be room by then.
-            _log.error("%s; queued runs are tried again", error)
-            asyncio.get_running_loop().call_later(_DISK_FULL_RETRY_SECONDS, self._fill_devices)
-
-    def _idle(self, name: str, etag: str) -> Task:
-        """The task of a name, where it may be changed, started or deleted."""
-        task = self.get(name)
-        _check_etag(task, etag)
-        if task.state in ACTIVE:
-            raise WrongState(
-                task.name, "TASK_ACTIVE", f"{task.name} is {task.state.lower()}; stop it first"
-            )
-        if task.key in self._deleting:
-            raise WrongState(task.name, "TASK_BEING_DELETED", f"{task.name} is being deleted")
-        return task
 
     def _new_task(self, new: NewTask, training_type: TrainingType, parameters: Parameters) -> Task:
         task_id = new.task_id or new_task_id(training_type)
@@ -593,8 +402,3 @@ def _check_type(template: Template, training_type: TrainingType) -> list[Violati
         f"{training_type.lower()}",
     )
     return [Violation("template", text, "TEMPLATE_OF_OTHER_TYPE")]
-
-
-def _check_etag(task: Task, etag: str) -> None:
-    if etag and etag != task.etag:
-        raise StaleEtag(task.name)

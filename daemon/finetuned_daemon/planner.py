@@ -12,7 +12,7 @@ from finetuned_daemon.dataset.scan import scan
 from finetuned_daemon.dataset.worker import Worker
 from finetuned_daemon.devices import Device
 from finetuned_daemon.environment.environment import Environment
-from finetuned_daemon.errors import DaemonError, InvalidRequest, Severity, TooMany, Violation
+from finetuned_daemon.errors import DaemonError, InvalidRequest, LimitReached, Severity, Violation
 from finetuned_daemon.measurements import device_key, model_key
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.model_files import (
@@ -164,7 +164,7 @@ class Planner:
                 read_model, base_folder(Path(parameters.data.model_path or ""))
             )
             measured = await self._worker.measure(_request(parameters, training_type, model))
-        except TooMany:
+        except LimitReached:
             raise
         except (DaemonError, ModelUnreadable):
             # The run will say what is wrong. Chats can be counted without a tokenizer; without a

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from finetuned_daemon.errors import InvalidRequest, Violation
+from finetuned_daemon.limits import BY_NAME
 from finetuned_daemon.parameters.models import SECTIONS, Parameters
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.records import Answers
@@ -17,7 +19,7 @@ from finetuned_daemon.texts import Text
 T = TypeVar("T")
 
 _REQUEST_IDS_KEPT_US = 7 * 24 * 3600 * 1_000_000
-_LONGEST_REQUEST_ID = 64
+_LONGEST_REQUEST_ID = BY_NAME["request_id_characters"].default
 
 Given = Mapping[str, Mapping[str, Any]]
 """Parameters as given: values by section and name; what is absent is not given."""
@@ -43,7 +45,9 @@ class Repeats:
     """Remembers answers by request id, in the transaction of what they answer."""
 
     def __init__(self, database: Database) -> None:
-        self._answers = Answers(database)
+        self._answers = Answers(database, BY_NAME["request_ids"].default)
+        # A wall clock that jumps would make all that is kept look old, or new answers the oldest.
+        self._began_us, self._began = now_us(), time.monotonic()
 
     def answered(self, request: RequestId[Any] | None) -> bytes | None:
         """The first answer to a repeated request.
@@ -65,11 +69,19 @@ class Repeats:
             raise InvalidRequest([Violation("request_id", text, "REQUEST_ID_REUSED")])
         return answer
 
+    def first(self, request: RequestId[T] | None, answered: T) -> T | bytes:
+        """The answer as it was kept, so that a repeat gets the very same.
+
+        What is derived, such as the place in the queue, may have changed since.
+        """
+        kept = self.answered(request)
+        return answered if kept is None else kept
+
     def keep(self, connection: Any, request: RequestId[T] | None, answered: T) -> None:
         """Keeps an answer; `connection` is that of the transaction."""
         if request is None:
             return
-        now = now_us()
+        now = self._began_us + int((time.monotonic() - self._began) * 1e6)
         self._answers.save(
             connection,
             request.id,
@@ -102,10 +114,15 @@ def check_id(field: str, resource_id: str) -> list[Violation]:
     return [Violation(field, text, f"BAD_{field.upper()}")]
 
 
-def training_type_missing() -> Violation:
-    """Neither the request nor a task or template says what is trained."""
+def check_training_type(found: object, violations: Sequence[Violation]) -> list[Violation]:
+    """Somebody says what is trained: the request, its task or its template.
+
+    Nothing more is said where `violations` say already that what the request says is wrong.
+    """
+    if found is not None or any(v.field == "training_type" for v in violations):
+        return []
     text = Text("is required: SFT or PRETRAIN", "必填：SFT 或 PRETRAIN")
-    return Violation("training_type", text, "REQUIRED")
+    return [Violation("training_type", text, "REQUIRED")]
 
 
 def check_display_name(name: str) -> list[Violation]:
@@ -155,7 +172,14 @@ def check_mask(paths: Iterable[str], known: Iterable[str]) -> list[Violation]:
     for section, model in SECTIONS.items():
         allowed |= {f"parameters.{section}.{name}" for name in model.model_fields}
         allowed.add(f"parameters.{section}")
-    result = []
+    result = list[Violation]()
+    paths = list(paths)
+    most = BY_NAME["mask_paths"].default
+    if len(paths) > most:
+        text = Text(
+            f"has {len(paths)} paths; it may have {most}", f"有 {len(paths)} 个路径；最多 {most} 个"
+        )
+        return [Violation("update_mask", text, "TOO_MANY_PATHS")]
     for path in paths:
         if path not in allowed:
             text = Text(

@@ -49,6 +49,7 @@ def next_run(run: Run, values: Mapping[str, FixValue]) -> Run:
         # Out of what was reserved for the run that it follows; at least one, as for every run.
         planned_checkpoints=planned and max(1, planned - run.saved_checkpoints),
         retry=run.retry + 1,
+        request_id=run.request_id,
     )
 
 

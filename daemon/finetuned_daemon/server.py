@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 from urllib.parse import quote
@@ -24,35 +23,49 @@ from finetuned.v1 import (
     template_service_pb2,
     template_service_pb2_grpc,
 )
+from finetuned_daemon import logs
 from finetuned_daemon.app import App
 from finetuned_daemon.config import Config
 from finetuned_daemon.instance import Instance
+from finetuned_daemon.limits import Limits
+from finetuned_daemon.services.access import Access
 from finetuned_daemon.services.dataset_service import DatasetService
 from finetuned_daemon.services.edge import Edge
 from finetuned_daemon.services.parameter_service import ParameterService
 from finetuned_daemon.services.system_service import SystemService
 from finetuned_daemon.services.task_service import TaskService
 from finetuned_daemon.services.template_service import TemplateService
+from finetuned_daemon.services.transport import bind
 from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.opening import open_for_serving
+from finetuned_daemon.tls import Certificates
+from finetuned_daemon.tokens import Tokens
 
 _log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 2.0
 _FLUSH_SECONDS = 0.1
 
-OPTIONS = (
-    ("grpc.so_reuseport", 0),  # two daemons on one port would share its clients
-    ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.max_concurrent_streams", 1000),
-    # Clients may ping to keep a watch alive, but no more than this.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-)
 
-
-class BadAddress(ValueError):
-    """An address that the daemon does not serve on; the message says why."""
+def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
+    """Options of gRPC's server."""
+    return (
+        ("grpc.so_reuseport", 0),  # two daemons on one port would share its clients
+        # What is a little too large comes through, and is answered with a reason of ours.
+        ("grpc.max_receive_message_length", 2 * limits["message_bytes"]),
+        ("grpc.max_send_message_length", limits["answer_bytes"]),
+        ("grpc.max_metadata_size", limits["metadata_bytes"]),
+        ("grpc.absolute_max_metadata_size", limits["metadata_bytes"]),
+        ("grpc.max_concurrent_streams", limits["streams_per_connection"]),
+        ("grpc.max_connection_idle_ms", 1000 * limits["connection_idle_seconds"]),
+        # Clients may ping to keep a watch alive, but no more than this.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        (
+            "grpc.http2.min_ping_interval_without_data_ms",
+            1000 * limits["ping_interval_seconds"],
+        ),
+    )
 
 
 async def serve(config: Config, instance: Instance) -> None:
@@ -61,29 +74,31 @@ async def serve(config: Config, instance: Instance) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    database = Database(config.database)
+    if config.tls is not None:
+        Certificates(config.tls)  # refused before anything is opened
+    access = Access(Tokens(config.paths) if config.listen else None)
+    database = open_for_serving(config.database, config.runs_dir, may_be_new=config.may_be_new)
     app = App(config, database)
-    edge = Edge(instance.token())
-    server = aio.server(interceptors=[edge], options=OPTIONS)
+    edge = Edge(access, app.limits)
+    server = aio.server(interceptors=[edge], options=_options(app.limits))
     addresses = [f"unix:{config.paths.socket}"]
     # gRPC takes the path for part of a URI: a percent sign or a blank in it must be encoded.
     server.add_insecure_port(f"unix:{quote(str(config.paths.socket))}")
     config.paths.socket.chmod(0o600)
-    if config.listen:
-        host, port = parse_loopback(config.listen)
-        try:
-            bound = server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise BadAddress(f"can't serve on {config.listen}: {error}") from error
-        addresses.append(f"{host}:{bound}")
+    addresses += bind(server, config.listen, config.tls)
     statuses = health.aio.HealthServicer()
     await _add_services(server, config, app, database, addresses, stopping, statuses)
     # Runs first, clients second: nobody is told of a run that is only about to be adopted.
     app.manager.recover()
+    app.retention.start()
     await server.start()
+    app.backups.start()
+    app.power.start()
     instance.announce(addresses)
     _log.info("serving on %s", ", ".join(addresses))
-    await stopping.wait()
+    logs.leave_stderr(config.paths.log)
+    async with access.watched():
+        await stopping.wait()
     _log.info("stopping; runs go on")
     await statuses.enter_graceful_shutdown()
     app.manager.events.wake_all()
@@ -93,34 +108,6 @@ async def serve(config: Config, instance: Instance) -> None:
     await server.stop(_FLUSH_SECONDS)
     await app.close()
     database.close()
-
-
-def parse_loopback(address: str) -> tuple[str, int]:
-    """Host and port of a loopback address, `127.0.0.1:PORT` or `[::1]:PORT`; port 0.
-
-    Any that is free.
-
-    Raises:
-        BadAddress: Anything else.
-    """
-    host, colon, port = address.rpartition(":")
-    bare = "127.0.0.1" if host == "localhost" else host.strip("[]")
-    try:
-        is_loopback = ipaddress.ip_address(bare).is_loopback
-    except ValueError:
-        is_loopback = False
-    if (
-        not colon
-        or not is_loopback
-        or not port.isascii()
-        or not port.isdigit()
-        or int(port) > 65535
-    ):
-        raise BadAddress(
-            f"{address!r}: only loopback, such as 127.0.0.1:7411 (port 0: any), is served without "
-            "encryption; to reach it from elsewhere forward the port over ssh"
-        )
-    return (f"[{bare}]" if ":" in bare else bare), int(port)
 
 
 async def _add_services(
@@ -151,6 +138,8 @@ async def _add_services(
             app.manager,
             app.quota,
             app.environment,
+            app.limits,
+            app.backups,
             addresses=addresses,
             schema_version=database.schema_version,
             shut_down=stopping.set,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from finetuned_daemon.errors import Violation
 from finetuned_daemon.requests import Given
 from finetuned_daemon.runs.contract import TrainingType
 
@@ -28,6 +29,8 @@ class NewTask:
     template: str = ""
     """Resource name of the template that absent parameters come from."""
     task_id: str = ""
+    wrong: Sequence[Violation] = ()
+    """What was found wrong as the request was read."""
 
 
 @dataclass(frozen=True, kw_only=True)

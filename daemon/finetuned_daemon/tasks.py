@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from finetuned_daemon.limits import BY_NAME
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import (
     EndReason,
@@ -34,21 +36,33 @@ class TaskState(StrEnum):
     COMPLETED = "COMPLETED"
     STOPPED = "STOPPED"
     FAILED = "FAILED"
+    PAUSED = "PAUSED"
+
+
+class PauseReason(StrEnum):
+    """Why a run is paused; names as in `finetuned.v1.PauseReason`."""
+
+    REQUESTED = "REQUESTED"
+    DISK_FULL = "DISK_FULL"
 
 
 ENDED = frozenset({TaskState.COMPLETED, TaskState.STOPPED, TaskState.FAILED})
 ACTIVE = frozenset({TaskState.QUEUED, TaskState.RUNNING})
+UNDER_WAY = ACTIVE | {TaskState.PAUSED}
+"""Has a run that is not over: no edit, no other start, no deletion."""
 
 TRANSITIONS: dict[TaskState, frozenset[TaskState]] = {
     TaskState.PENDING: frozenset({TaskState.QUEUED}),
     # A queued task is stopped at once; one that can't be started any more fails.
     # A probe leads back to what was before it.
-    TaskState.QUEUED: ENDED | {TaskState.RUNNING, TaskState.PENDING},
+    TaskState.QUEUED: ENDED | {TaskState.RUNNING, TaskState.PENDING, TaskState.PAUSED},
     # To the queue at once where running out of memory is retried: watchers see no end between.
-    TaskState.RUNNING: ENDED | {TaskState.QUEUED, TaskState.PENDING},
+    TaskState.RUNNING: ENDED | {TaskState.QUEUED, TaskState.PENDING, TaskState.PAUSED},
     TaskState.COMPLETED: frozenset({TaskState.QUEUED}),
     TaskState.STOPPED: frozenset({TaskState.QUEUED}),
     TaskState.FAILED: frozenset({TaskState.QUEUED}),
+    # The same run goes on, or is given up.
+    TaskState.PAUSED: frozenset({TaskState.QUEUED, TaskState.STOPPED}),
 }
 
 
@@ -68,6 +82,7 @@ LABELS: dict[TaskState, Look] = {
     TaskState.COMPLETED: Look(Text("Completed", "已完成"), "green"),
     TaskState.STOPPED: Look(Text("Stopped", "已停止"), "orange"),
     TaskState.FAILED: Look(Text("Failed", "失败"), "red"),
+    TaskState.PAUSED: Look(Text("Paused", "已暂停"), "orange"),
 }
 
 
@@ -130,6 +145,13 @@ ENDS: dict[EndReason, End] = {
     EndReason.QUOTA_USED_UP: End(
         TaskState.STOPPED, Text("The training quota is used up.", "训练配额已用尽。")
     ),
+    EndReason.RUNNER_HUNG: End(
+        TaskState.FAILED,
+        Text(
+            "The runner gave no sign of life any more, and was ended.",
+            "训练进程不再有任何响应，已被终止。",
+        ),
+    ),
     EndReason.PROBED: End(
         TaskState.COMPLETED,
         Text(
@@ -191,6 +213,8 @@ class Task:
     end_time: int = 0
     last_seq: int = 0
     revision: int = 1
+    pause_reason: PauseReason | None = None
+    """Why it is paused, where it is."""
     before_probe: Standing | None = None
     """While a probe of it is queued or runs: what it was before."""
 
@@ -210,7 +234,9 @@ class Run:
     """One run of a task: one runner process. Times as in `Task`."""
 
     key: int = 0
-    """Row of the database; its order is the order of the queue."""
+    """Row of the database."""
+    place: int = 0
+    """Its order is the order of the queue."""
     task_key: int
     number: int
     state: TaskState = TaskState.QUEUED
@@ -233,9 +259,9 @@ class Run:
     """The wish to stop; durable before anything is sent to the runner."""
     stop_time: int = 0
     planned_checkpoints: int = 0
-    """Checkpoints that it was expected to save when it was started; 0 where nobody asked."""
+    """Checkpoints that its present process was expected to save; 0 where nobody asked."""
     saved_checkpoints: int = 0
-    """Checkpoints that it has saved."""
+    """Checkpoints that its present process has saved."""
     retry: int = 0
     """How many runs in a row were started by themselves after memory ran out, this one included.
 
@@ -243,9 +269,28 @@ class Run:
     """
     is_probe: bool = False
     """It only measures what a run takes."""
+    attempt: int = 1
+    """Number of its process: one more after each pause."""
+    starts: int = 0
+    """How often this process was started; more than once where it crashed at once."""
+    pause: PauseReason | None = None
+    """It is to be paused, or is; durable before anything is sent to the runner."""
+    resume_path: str = ""
+    """Checkpoint of its own that its present process goes on from, after a pause.
+
+    Empty: as its parameters say.
+    """
+    request_id: str = ""
+    """The call that started it, for logs."""
     ingested_bytes: int = 0
-    """How far its `events.jsonl` has been taken over."""
+    """How far the `events.jsonl` of its attempt has been taken over."""
     ingested_seq: int = 0
+
+    @property
+    def attempt_dir(self) -> Path:
+        """The folder of its present process: the run folder, or one in it after a pause."""
+        folder = Path(self.run_dir)
+        return folder if self.attempt == 1 else folder / f"attempt-{self.attempt}"
 
 
 def check_transition(old: TaskState, new: TaskState) -> None:
@@ -262,7 +307,7 @@ def now_us() -> int:
 # --- names
 
 TASK_ID = re.compile(r"[a-z][a-z0-9-]{2,61}[a-z0-9]")
-LONGEST_DISPLAY_NAME = 200
+LONGEST_DISPLAY_NAME = BY_NAME["display_name_characters"].default
 
 
 def default_display_name(

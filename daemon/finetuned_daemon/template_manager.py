@@ -25,9 +25,9 @@ from finetuned_daemon.requests import (
     check_display_name,
     check_id,
     check_mask,
+    check_training_type,
     masked,
     merged,
-    training_type_missing,
 )
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.store.database import Database
@@ -48,8 +48,8 @@ class NewTemplate:
     parameters: Given
     display_name: str
     template_id: str = ""
-    task: str = ""
-    """Resource name of a task to take type and parameters from."""
+    wrong: Sequence[Violation] = ()
+    """What was found wrong as the request was read."""
 
 
 class TemplateManager:
@@ -111,10 +111,9 @@ class TemplateManager:
         answered = self._repeats.answered(request)
         if answered is not None:
             return answered
-        violations = check_id("template_id", new.template_id)
+        violations = [*new.wrong, *check_id("template_id", new.template_id)]
         violations += _check_name(new.display_name) + check_display_name(new.display_name)
-        if new.training_type is None:
-            violations.append(training_type_missing())
+        violations += check_training_type(new.training_type, violations)
         training_type = new.training_type or TrainingType.SFT
         if base is None:
             base = preset_of(training_type).parameters

@@ -15,10 +15,25 @@ class Text(NamedTuple):
 
     def within(self, language: Language) -> str:
         """The text in one language."""
-        return self.zh if language == "zh" else self.en
+        return printable(self.zh if language == "zh" else self.en)
 
 
 NOTHING = Text("", "")
+
+
+def printable(text: str) -> str:
+    """The text without what would steer a terminal, or can't be written down.
+
+    Names of files and what stands in them get into sentences; a line feed stays.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in " \n\t\u3000\xa0" else _shown(c) for c in text)
+
+
+def _shown(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def choose_language(accept_language: str) -> Language:

@@ -125,6 +125,9 @@ def _run(run_dir: Path, report: Report, watch: Watch) -> Result:
                 f"this runner knows {FORMAT_VERSION}: update it.",
             )
         parameters = spec.parameters
+        watch.disk_wait_seconds = 0.0 if spec.probe else spec.disk_wait_seconds
+        if spec.request_id:  # the console is where a failure is looked into
+            print(f"{spec.task}, run {spec.run}, started by request {spec.request_id}", flush=True)
         prepare(spec)
         level = parameters.logging.log_level
         send_logs(report, level)

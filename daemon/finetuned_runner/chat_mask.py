@@ -26,18 +26,19 @@ every chat.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from finetuned_daemon.dataset.formats import Message
+from finetuned_daemon.dataset.formats import Message, message_text
+from finetuned_runner.bounds import TakesTooLong, bounded_time
 from finetuned_runner.chat_mask_tracking import NOWHERE, Field, Trace, Tracker
 from finetuned_runner.chat_mask_turns import (
     MaskError,
@@ -58,6 +59,14 @@ _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _EMPTY_BLOCK = re.compile(r"\s*<([^<>/]+)>\s*</\1>\s*")
 _WORDS = ("Zq0xW", "Zq1xW")
 _LARGEST_CACHE = 4096
+
+_SECONDS = 5.0
+"""Processor time for one chat; an ordinary one takes some milliseconds."""
+_MOST_CHARACTERS = 10_000_000
+"""That a template may write for a chat,"""
+_MOST_GROWTH = 50
+"""and so many more for each of the chat's own."""
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -86,9 +95,11 @@ class ChatMask:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         """Raises MaskError if the tokenizer has no chat template."""
         try:
-            template = tokenizer.get_chat_template()
+            template: Any = tokenizer.get_chat_template()
         except ValueError:
             raise MaskError("the tokenizer has no chat template") from None
+        if not isinstance(template, str):
+            raise MaskError("the tokenizer's chat template is no text")
         self._template = template
         self._variables = dict(tokenizer.special_tokens_map)
         self.has_generation_blocks = _GENERATION_BLOCK.search(self._template) is not None
@@ -101,6 +112,7 @@ class ChatMask:
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
         }
         self._special.update(str(token) for token in tokenizer.all_special_tokens)
+        self._most = _MOST_CHARACTERS
         self._eos = str(tokenizer.eos_token) if tokenizer.eos_token else None
         self._bos = str(tokenizer.bos_token) if tokenizer.bos_token else None
         self._tracker: Tracker | None = None
@@ -114,8 +126,13 @@ class ChatMask:
             tools: Descriptions of the tools that the assistant may call, as JSON schemas.
 
         Raises:
-            MaskError: The template refuses the chat, or the assistant's text is not certain.
+            MaskError: The template refuses the chat or takes too long or too much for it, or the
+                assistant's text is not certain.
         """
+        with self._bounded(messages):
+            return self._render(messages, tools)
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[_Dict] | None) -> Rendered:
         prepared = self._prepare(messages)
         listed = list(tools) if tools else None
         if self.has_generation_blocks:
@@ -153,11 +170,23 @@ class ChatMask:
             MaskError: The template refuses the chat.
         """
         listed = list(tools) if tools else None
-        return self._call(self._prepare(messages), listed, add_generation_prompt=generation_prompt)[
-            0
-        ]
+        with self._bounded(messages):
+            prepared = self._prepare(messages)
+            return self._call(prepared, listed, add_generation_prompt=generation_prompt)[0]
 
     # --- rendering
+
+    @contextlib.contextmanager
+    def _bounded(self, messages: Sequence[Message]) -> Generator[None]:
+        """Bounds what the template may take for a chat, and write."""
+        self._most = _MOST_CHARACTERS + _MOST_GROWTH * sum(len(message_text(m)) for m in messages)
+        try:
+            with bounded_time(_SECONDS):
+                yield
+        except TakesTooLong:
+            raise MaskError(
+                f"the chat template takes more than {_SECONDS:g} s for one chat"
+            ) from None
 
     def _prepare(self, messages: Sequence[Message]) -> list[_Dict]:
         """Messages as the template reads them."""
@@ -217,15 +246,12 @@ class ChatMask:
                 **options,
                 **self._variables,
             )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            IndexError,
-            AttributeError,
-        ) as error:
-            raise MaskError(f"the chat template refuses the chat: {error}") from error
+        except MemoryError as error:
+            raise MaskError("the chat template takes too much memory") from error
+        except Exception as error:  # whatever a template comes to: a division by zero, say
+            raise MaskError(f"the chat template refuses the chat: {_brief(error)}") from error
+        if len(texts[0]) > self._most:
+            raise MaskError(f"the chat template makes {len(texts[0]):,} characters of one chat")
         return texts[0], spans[0] if spans else []
 
     def _trace(
@@ -237,8 +263,10 @@ class ChatMask:
             self._tracker = Tracker(self._template, self._variables)
         try:
             trace = self._tracker.render(messages, tools, generation_prompt=generation_prompt)
+        except MemoryError as error:
+            raise MaskError("the chat template takes too much memory") from error
         except Exception as error:
-            raise MaskError(f"the chat template can't be followed: {error}") from error
+            raise MaskError(f"the chat template can't be followed: {_brief(error)}") from error
         if trace.text != text:
             raise MaskError("the chat template can't be followed: it writes another text")
         return trace
@@ -420,3 +448,9 @@ def _with_json(call: Mapping[str, Any]) -> _Dict:
 
 def _squeeze(text: str) -> str:
     return "".join(text.split())
+
+
+def _brief(error: Exception) -> str:
+    """What an error says, which a template may have written: on one line, and not without end."""
+    why = str(error)[:_LONGEST_REASON] or type(error).__name__
+    return "".join(c if c.isprintable() else " " for c in why)

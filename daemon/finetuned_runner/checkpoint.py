@@ -8,6 +8,7 @@ on to other results.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from finetuned_daemon.runs.manifest import (
     FileEntry,
     Manifest,
     model_files,
+    strange_names,
 )
 from finetuned_runner.report import Report
 
@@ -100,6 +102,8 @@ def verify_checkpoint(folder: Path) -> Manifest:
         raise CheckpointBroken(f"{folder / MANIFEST} can't be read: {error}") from error
     if manifest.format_version > MANIFEST_VERSION:
         raise CheckpointBroken(f"{folder} has format {manifest.format_version}, which is newer")
+    if strange := strange_names(folder, manifest.files):
+        raise CheckpointBroken(f"{', '.join(strange)} in {folder} is no file of a checkpoint")
     for name in STATE_FILES:
         if name not in manifest.files:
             raise CheckpointBroken(f"{folder} lacks {name}")
@@ -109,7 +113,20 @@ def verify_checkpoint(folder: Path) -> Manifest:
             raise CheckpointBroken(f"{name} is missing in {folder}")
         if path.stat().st_size != entry.size or _entry(path, durable=False) != entry:
             raise CheckpointBroken(f"{name} in {folder} is not what was written")
+    _check_state(folder, manifest)
     return manifest
+
+
+def _check_state(folder: Path, manifest: Manifest) -> None:
+    """Who makes a checkpoint of his own gives it the right hashes, too."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_bytes())
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict) or state.get("global_step") != manifest.step:
+        raise CheckpointBroken(
+            f"trainer_state.json in {folder} is not that of step {manifest.step}"
+        )
 
 
 def staging_folder(target: Path) -> Path:
@@ -127,11 +144,13 @@ def reseal(folder: Path, manifest: Manifest, report: Report) -> None:
     the recorded one would be taken for somebody else's.
     """
     staging = staging_folder(folder)
-    write_record(staging / MANIFEST, manifest)
-    report.record_output(folder, _times(folder) | _times(staging))
-    os.replace(staging / MANIFEST, folder / MANIFEST)
-    sync_dir(folder)
-    staging.rmdir()
+    try:
+        write_record(staging / MANIFEST, manifest)
+        report.record_output(folder, _times(folder) | _times(staging))
+        os.replace(staging / MANIFEST, folder / MANIFEST)
+        sync_dir(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def commit(staging: Path, target: Path, report: Report) -> None:
@@ -161,12 +180,16 @@ def write_folder(target: Path, write: Callable[[Path], None], report: Report) ->
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that half of it never bears its name."""
+    """Removes a folder so that half of it never bears its name; of a link the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+        sync_dir(folder.parent)
+        return
     doomed = folder.with_name(f"{_STAGING_PREFIX}removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
+    sync_dir(folder.parent)  # before its files go, or a loss of power may leave the name with half
     shutil.rmtree(doomed)
-    sync_dir(folder.parent)
 
 
 def _times(folder: Path) -> dict[str, int]:

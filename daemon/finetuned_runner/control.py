@@ -1,7 +1,14 @@
-"""What is wished of a run: `control.json` and SIGTERM, watched by a thread from first to last."""
+"""What is wished of a run: `control.json` and SIGTERM, watched by a thread from first to last.
+
+The same thread touches `heartbeat`: it shows that the process runs Python at all, that it was not
+stopped, is not stuck in the kernel, and that nothing keeps the interpreter to itself. It does not
+show that the training gets on: a main thread that waits for ever in native code, and has let go of
+the interpreter, is not seen by it. Of that a step that takes far too long tells, see `slow`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,10 +19,22 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Literal
 
-from finetuned_daemon.runs.contract import CONTROL, Control, EndReason, Result, RunPhase, StopWish
+from finetuned_daemon.runs.contract import (
+    CONTROL,
+    DISK_FULL_ERRNOS,
+    HEARTBEAT,
+    HEARTBEAT_SECONDS,
+    Control,
+    EndReason,
+    Result,
+    RunPhase,
+    StopWish,
+)
 from finetuned_runner.report import Report
+from finetuned_runner.slow import SlowStep
 
 _POLL_SECONDS = 0.1
+_ROOM_SECONDS = 1.0
 NO_ROOM_FOR_EVENTS = (
     "No space is left where the daemon keeps its run folders: make room, then start again."
 )
@@ -55,6 +74,19 @@ class Watch:
         self._lock = threading.Lock()
         self._stage = _Stage.BEFORE_TRAINING
         self._seen: tuple[int, int, int] | None = None
+        self._is_over = False
+        self._heartbeat = -1
+        self._last_beat = 0.0
+        self._last_try = 0.0
+        self._full_since: float | None = None
+        self._slow = SlowStep()
+        self._looked = time.monotonic()
+        self.disk_wait_seconds = 0.0
+        """How long the run waits for room on a full disk."""
+        self.is_urged = False
+        """SIGTERM came after another wish: there is no more time."""
+        self.save_wishes = 0
+        """Grows each time that a checkpoint is wished for now."""
         self.wish: StopWish | None = None
         """How the run is asked to stop. May turn from DISCARD to SAVE until it is acted upon."""
         self.cause: Cause = "stop"
@@ -64,6 +96,7 @@ class Watch:
 
     def start(self) -> None:
         """Starts watching."""
+        self._beat()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def begin_training(self) -> None:
@@ -84,22 +117,66 @@ class Watch:
         """
         with self._lock:
             self._stage = _Stage.ENDED
-            self._report.finish(result)
+        try:
+            self._report.finish(result, self.disk_wait_seconds)
+        finally:
+            self._is_over = True
 
     def _run(self) -> None:
-        while self._stage is not _Stage.ENDED:
+        while not self._is_over:
             try:
+                self._beat()
                 self._look()
                 # Not sigtimedwait: after a freeze (SIGSTOP, a debugger, a cgroup freezer) Python's
                 # returns rubbish that passes for a signal.
                 if signal.SIGTERM in signal.sigpending():
                     signal.sigwait({signal.SIGTERM})
                     self._take(StopWish.SAVE, "signal")
-                if self._report.is_disk_full:
-                    self._take(StopWish.SAVE, "disk")
+                self._look_for_room()
+                self._look_for_slow_step()
             except Exception:  # without its watch a run can't be stopped
                 _logger.exception("a wish can't be read or told")
             time.sleep(_POLL_SECONDS)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if self._heartbeat >= 0 and now - self._last_beat < HEARTBEAT_SECONDS:
+            return
+        self._last_beat = now
+        if self._heartbeat < 0:
+            try:
+                self._heartbeat = os.open(
+                    self._path.with_name(HEARTBEAT), os.O_WRONLY | os.O_CREAT, 0o600
+                )
+            except OSError as error:
+                if error.errno not in DISK_FULL_ERRNOS:
+                    raise
+                return
+        os.utime(self._heartbeat)  # this needs no room
+
+    def _look_for_slow_step(self) -> None:
+        passed, self._looked = time.monotonic() - self._looked, time.monotonic()
+        is_training = self._report.current_phase is RunPhase.TRAINING
+        text = self._slow.look(passed, self._report.step, is_training=is_training)
+        if text is not None:
+            self._report.notice("", "RUNNER_SLOW", text)
+
+    def _look_for_room(self) -> None:
+        """Writes what a full disk has held back; ends the run where that lasts too long."""
+        if not self._report.is_disk_full:
+            self._full_since = None
+            return
+        now = time.monotonic()
+        if self._full_since is None:
+            self._full_since = self._last_try = now
+        elif now - self._last_try >= _ROOM_SECONDS:
+            self._last_try = now
+            if self._report.write_held() and self._stage is not _Stage.ENDED:
+                with contextlib.suppress(OSError):
+                    self._report.reserve()
+                return
+        if now - self._full_since >= self.disk_wait_seconds:
+            self._take(StopWish.SAVE, "disk")
 
     def _look(self) -> None:
         try:
@@ -114,6 +191,7 @@ class Watch:
         self._seen = seen
         control = Control.model_validate_json(self._path.read_bytes())
         self.checkpoint_quota = control.checkpoint_quota
+        self.save_wishes = control.save
         if control.stop is not None:
             self._take(control.stop, "stop")
 
@@ -122,6 +200,7 @@ class Watch:
             if self._stage is _Stage.ENDED:
                 return
             if self.wish is not None:
+                self.is_urged |= cause == "signal"
                 # The signal may be the daemon's second step after a wish to discard: that stands. A
                 # wish to save wins.
                 if cause == "stop" and stop is StopWish.SAVE:

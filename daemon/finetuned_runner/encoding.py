@@ -13,12 +13,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from finetuned_daemon.dataset.formats import Chat, Document, message_text
 from finetuned_daemon.texts import Text
+from finetuned_runner.bounds import MEMORY_BYTES, TakesTooLong, bounded_memory, bounded_time
 from finetuned_runner.chat_mask import ChatMask, MaskError, Rendered, Span
 from finetuned_runner.pieces import Piece, pieces_of
 
 _BATCH = 256
 _BATCH_CHARACTERS = 1 << 20
 """An encoding takes more than 100 bytes a token until its tokens are copied out."""
+
+_BYTES_A_CHARACTER = 1000
+"""What making tokens of a text may take beyond what any may; it takes about a tenth of it."""
+_ENCODE_SECONDS = 120.0
+"""Processor time for a batch of texts; an ordinary one takes less than one."""
 
 _Item = TypeVar("_Item")
 
@@ -118,7 +124,20 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Any]:
     """`tokenizers.Encoding` of each text; templates write the special tokens themselves."""
     backend: Any = tokenizer.backend_tokenizer
-    encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
+    try:
+        # Neither bound can interrupt it: beyond them the process ends, and not the machine.
+        with (
+            bounded_time(_ENCODE_SECONDS),
+            bounded_memory(MEMORY_BYTES + _BYTES_A_CHARACTER * sum(map(len, texts))),
+        ):
+            encodings: list[Any] = backend.encode_batch(texts, add_special_tokens=False)
+    except (TakesTooLong, MemoryError) as error:
+        raise TokenizerUnusable(
+            Text(
+                "The tokenizer takes too much time or memory; its tokenizer.json is not in order",
+                "分词器耗费过多时间或内存；其 tokenizer.json 有问题",
+            )
+        ) from error
     return encodings
 
 
@@ -168,11 +187,12 @@ def encode_chats(
     """
     for batch in _batches(chats, _characters):
         rendered: list[Rendered] = []
-        for chat in batch:
-            try:
-                rendered.append(mask.render(chat.messages, chat.tools))
-            except MaskError as error:
-                raise UncertainMask(chat.line, error) from error
+        with bounded_memory(MEMORY_BYTES + _BYTES_A_CHARACTER * sum(map(_characters, batch))):
+            for chat in batch:
+                try:
+                    rendered.append(mask.render(chat.messages, chat.tools))
+                except MaskError as error:
+                    raise UncertainMask(chat.line, error) from error
         encodings = _encode(tokenizer, [chat.text for chat in rendered])
         encoded: list[EncodedChat] = []
         for chat, written, encoding in zip(batch, rendered, encodings, strict=True):

@@ -40,15 +40,21 @@ def prepare(spec: Spec) -> None:
     # None makes a package count as not installed. datasets is of no use here and costs 0.6 s;
     # bitsandbytes costs 2 s, and transformers and peft import it wherever it is installed.
     sys.modules["datasets"] = None  # type: ignore[assignment]
+    _forget_kernels()
     if needs_bitsandbytes(spec.parameters):
         prepare_bitsandbytes()
     else:
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 
-def prepare_bitsandbytes() -> None:
-    """Keeps bitsandbytes from the kernels of the hub: they are others' code, and round to bf16."""
+def _forget_kernels() -> None:
+    """Kernels of the hub are others' code, which a model's config.json may name."""
     sys.modules["kernels"] = None  # type: ignore[assignment]
+
+
+def prepare_bitsandbytes() -> None:
+    """Keeps bitsandbytes from the kernels of the hub, which round to bf16 besides."""
+    _forget_kernels()
     # On a CPU with AVX512-BF16 it says that it would rather have them.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -57,5 +63,5 @@ def prepare_without_torch() -> None:
     """Sets the environment of a process that only tokenizes: it starts in half the time."""
     os.environ.update(FIXED)
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that there is no torch
-    for package in ("torch", "datasets", "bitsandbytes"):
+    for package in ("torch", "datasets", "bitsandbytes", "kernels"):
         sys.modules[package] = None  # type: ignore[assignment]

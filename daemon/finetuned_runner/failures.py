@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import DISK_FULL_ERRNOS, EndReason, FixValue, Result
+from finetuned_daemon.texts import printable
 
 _DETAIL_LINES = 30
 _MESSAGE_CHARACTERS = 300
@@ -78,9 +79,9 @@ def judge(error: BaseException, parameters: Parameters, step: int) -> Result:
     lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
     result = Result(
         end_reason=reason,
-        message=message,
+        message=printable(message),
         step=step,
-        detail="\n".join(lines[-_DETAIL_LINES:]),
+        detail=printable("\n".join(lines[-_DETAIL_LINES:])),
     )
     if known is None or known.reason is not reason:
         return result
@@ -97,7 +98,7 @@ def _reason(
 ) -> tuple[EndReason, str]:
     # What lies beneath comes first: a model that can't be loaded for want of memory isn't bad.
     chain = [cause for cause in chain if not isinstance(cause, RunFailed)]
-    if any(_is_disk_full(cause) for cause in chain):
+    if is_disk_full(error):
         return (
             EndReason.DISK_FULL,
             "No space is left on the disk: make room, then start again; a checkpoint that was "
@@ -123,6 +124,11 @@ def _reason(
     if known is not None:
         return known.reason, known.message
     return EndReason.RUNNER_CRASHED, f"{type(error).__name__}: {_first_line(error)}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk without room lies beneath an error."""
+    return any(_is_disk_full(cause) for cause in _chain(error) if not isinstance(cause, RunFailed))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -13,6 +13,7 @@ def stopped(trainer: RunTrainer, watch: Watch) -> Result:
     """The result of a run that a wish, or the quota, ended."""
     step = trainer.state.global_step
     saved = trainer.saved_here()
+    asked = "Stopped by SIGTERM" if watch.cause == "signal" else "Stopped"
     if watch.wish is None:
         return Result(
             end_reason=EndReason.QUOTA_USED_UP,
@@ -21,20 +22,31 @@ def stopped(trainer: RunTrainer, watch: Watch) -> Result:
             step=step,
         )
     if step == 0:
-        message = "Stopped before the first step was done; there was nothing to save."
+        message = f"{asked} before the first step was done; there was nothing to save."
     elif saved is not None:
-        message = f"Stopped at step {step}; resume from {saved}."
+        message = f"{asked} at step {step}; resume from {saved}."
     elif watch.wish is StopWish.DISCARD:
         message = f"Stopped at step {step}; as wished, this step was not saved."
     else:
         message = (
-            f"Stopped at step {step}, before a new step was done; resume from the same checkpoint."
+            f"{asked} at step {step}, before a new step was done; resume from the same checkpoint."
         )
     if watch.cause == "disk":
         return Result(
             end_reason=EndReason.DISK_FULL, message=f"{NO_ROOM_FOR_EVENTS} {message}", step=step
         )
     return Result(end_reason=EndReason.STOPPED_BY_USER, message=message, step=step)
+
+
+def abandoned(trainer: RunTrainer, what: Path) -> Result:
+    """The result of a run that waited for room to save its last words, and was told to discard."""
+    step = trainer.state.global_step
+    return Result(
+        end_reason=EndReason.STOPPED_BY_USER,
+        message=f"Stopped at step {step} while it waited for room; as wished, {what.name} was not "
+        "saved.",
+        step=step,
+    )
 
 
 def completed(trainer: RunTrainer, output: Path) -> Result:

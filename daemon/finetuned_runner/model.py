@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -30,6 +30,7 @@ from transformers import (
 
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import EndReason
+from finetuned_daemon.texts import printable
 from finetuned_runner import pissa
 from finetuned_runner.arguments import Precision, lora_config, need_bitsandbytes
 from finetuned_runner.checkpoint import write_folder
@@ -135,6 +136,7 @@ def _settle_on_cpu(model: PreTrainedModel) -> None:
 
 
 def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
+    _check_index(Path(path))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -169,6 +171,21 @@ def _load(path: str, options: dict[str, Any]) -> PreTrainedModel:
         )
     _mend_generation_config(model)
     return model
+
+
+def _check_index(folder: Path) -> None:
+    """Raises RunFailed where an index of weights names files elsewhere: they are no model's."""
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if not (folder / name).is_file():
+            continue
+        parts = _read_settings(folder / name).get("weight_map")
+        files: list[object] = list(parts.values()) if isinstance(parts, dict) else [None]
+        if not all(isinstance(file, str) and Path(file).name == file for file in set(files)):
+            raise RunFailed(
+                EndReason.MODEL_UNLOADABLE,
+                f"The model in {folder} can't be loaded: {name} does not list the files of its "
+                "weights.",
+            )
 
 
 def _has_safetensors(path: str) -> bool:
@@ -206,22 +223,32 @@ def _base_path(parameters: Parameters, report: Report) -> str:
             "off.",
         )
     if has_adapter and not has_model:
-        base = json.loads((folder / _ADAPTER_CONFIG).read_bytes()).get(
-            "base_model_name_or_path", ""
-        )
+        base = str(_read_settings(folder / _ADAPTER_CONFIG).get("base_model_name_or_path") or "")
         if not parameters.data.attach_lora:
             raise RunFailed(
                 EndReason.MODEL_UNLOADABLE,
                 f"data.model_path {path} holds LoRA weights only: set it to their base model "
                 f"({base}).",
             )
-        if not Path(base).is_dir():
+        if not Path(base).is_absolute() or not Path(base).is_dir():
             raise RunFailed(
                 EndReason.MODEL_UNLOADABLE,
                 f"The base model of the LoRA weights in {path} is not there: {base}.",
             )
-        return str(base)
+        return base
     return path
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFailed(
+            EndReason.MODEL_UNLOADABLE, f"{file} can't be read: {_short(error)}"
+        ) from error
+    if not isinstance(found, dict):
+        raise RunFailed(EndReason.MODEL_UNLOADABLE, f"{file} is no JSON object.")
+    return cast("dict[str, Any]", found)
 
 
 def fit_length(model: PreTrainedModel, wanted: int, report: Report) -> int:
@@ -357,7 +384,7 @@ def check_resumable(checkpoint: Path, model: Model) -> None:
         )
     if not isinstance(model, PeftModel):
         return
-    there = json.loads((checkpoint / _ADAPTER_CONFIG).read_bytes())
+    there = _read_settings(checkpoint / _ADAPTER_CONFIG)
     here: dict[str, Any] = model.peft_config["default"].to_dict()
     wanted = {key: list(value.shape) for key, value in get_peft_model_state_dict(model).items()}
     if pissa.is_used(model):
@@ -497,5 +524,5 @@ def _base_name(model: PeftModel) -> str:
 
 
 def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = printable(str(error)).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

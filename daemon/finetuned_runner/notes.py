@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from finetuned_daemon.parameters.models import Parameters
@@ -86,7 +87,7 @@ class Notes:
         return write
 
     def _hash(self) -> None:
-        for parameter, paths in _inputs(self._spec.parameters).items():
+        for parameter, paths in _inputs(_asked(self._spec)).items():
             files = self._files[parameter] = list[RecordedFile]()
             for path in paths:
                 # What can't be read ends the run, or is not needed.
@@ -108,7 +109,7 @@ class Notes:
             run=spec.run,
             training_type=spec.training_type.value.lower(),
             device=spec.device,
-            parameters=spec.parameters,
+            parameters=_asked(spec),
             precision="bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "float32",
             optimizer=effective_optimizer(spec.parameters),
             trained_parameters=trained,
@@ -117,7 +118,7 @@ class Notes:
             num_eval_samples=_size(trainer.eval_dataset),
             num_tokens=trainer.num_tokens,
             files=self._files,
-            resumed_from=_resumed_from(manifest, spec.parameters) if manifest else None,
+            resumed_from=_resumed_from(spec, manifest) if manifest else None,
             chat_template_sha256=_sha256(template) if isinstance(template, str) else "",
             versions=_versions(spec.parameters),
             machine=Machine(
@@ -157,8 +158,22 @@ def _inputs(parameters: Parameters) -> dict[str, list[Path]]:
     return found
 
 
-def _resumed_from(manifest: Manifest, parameters: Parameters) -> ResumedFrom:
-    data = parameters.data
+def _asked(spec: Spec) -> Parameters:
+    """The run's own parameters: that it went on after a pause is nothing that was asked for."""
+    return spec.run_parameters or spec.parameters
+
+
+def _resumed_from(spec: Spec, manifest: Manifest) -> ResumedFrom | None:
+    """The checkpoint of another run that this one went on from, `manifest` being the last one's."""
+    data = _asked(spec).data
+    if spec.run_parameters is not None:
+        folder = data.resume_from_checkpoint
+        if not folder or data.attach_lora:
+            return None
+        try:
+            manifest = Manifest.model_validate_json(Path(folder, MANIFEST).read_bytes())
+        except (OSError, ValidationError):  # deleted since: what is left of it is its name
+            manifest = Manifest(step=0)
     now = {"data.train_file": data.train_file, "data.eval_file": data.eval_file}
     return ResumedFrom(
         checkpoint=Path(data.resume_from_checkpoint or "").name,

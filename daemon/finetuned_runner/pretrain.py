@@ -12,7 +12,7 @@ from finetuned_runner import trial
 from finetuned_runner.arguments import plan_precision
 from finetuned_runner.control import Watch
 from finetuned_runner.data import Prepared, begin, samples
-from finetuned_runner.finish import completed, stopped
+from finetuned_runner.finish import abandoned, completed, stopped
 from finetuned_runner.model import (
     check_vocabulary,
     fit_length,
@@ -22,6 +22,7 @@ from finetuned_runner.model import (
 )
 from finetuned_runner.notes import Notes
 from finetuned_runner.report import Report
+from finetuned_runner.room import GivenUp
 from finetuned_runner.trainer import make_trainer
 
 
@@ -69,10 +70,17 @@ def run(spec: Spec, report: Report, watch: Watch, prepared: Prepared | None = No
 
     watch.begin_finishing()
     final = output_dir / "final"
-    report.phase(RunPhase.SAVING, final.name)
     result = completed(trainer, final)
     leave = notes.leave(trainer, tokenizer, result, prepared)
-    save_model(model, tokenizer, final, report, use_cache=use_cache, add=leave)
+
+    def save() -> None:
+        report.phase(RunPhase.SAVING, final.name)
+        save_model(model, tokenizer, final, report, use_cache=use_cache, add=leave)
+
+    try:
+        trainer.room.write(final, trainer.weight_bytes, save)
+    except GivenUp:
+        return abandoned(trainer, final)
     return result
 
 

@@ -10,17 +10,21 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetuned_daemon.runs.contract import BestCheckpoint
-from finetuned_daemon.runs.manifest import Manifest
+from finetuned_daemon.runs.contract import BestCheckpoint, RunPhase
+from finetuned_daemon.runs.manifest import MANIFEST, Manifest
 from finetuned_runner import checkpoint
 from finetuned_runner.report import Report
+from finetuned_runner.room import GivenUp, Room
+
+_MANIFEST_BYTES = 64 << 10
 
 
 class Ranking:
     """Compares the checkpoints of a run, and with the best of those that it goes on from."""
 
-    def __init__(self, report: Report):
+    def __init__(self, report: Report, room: Room):
         self._report = report
+        self._room = room
         self._evaluated: tuple[int, float] | None = None
         self._losses: dict[int, float] = {}
         self._last: tuple[Path, Manifest] | None = None
@@ -49,7 +53,15 @@ class Ranking:
             return
         folder, last = self._last
         manifest = self.rank(manifest, folder).model_copy(update={"files": last.files})
-        checkpoint.reseal(folder, manifest, self._report)
+
+        def reseal() -> None:
+            self._report.phase(RunPhase.EVALUATING)
+            checkpoint.reseal(folder, manifest, self._report)
+
+        try:
+            self._room.write(folder / MANIFEST, lambda: _MANIFEST_BYTES, reseal)
+        except GivenUp:  # the checkpoint stands as it was
+            return
         self.saved(folder, manifest)
 
     def rank(self, manifest: Manifest, folder: Path) -> Manifest:
@@ -85,6 +97,9 @@ class Ranking:
         within the limit, and with a limit of 1 it is kept beside the newest.
         """
         there = {step: self._losses[step] for step, _ in found if step in self._losses}
+        # Of a process before a pause of this run.
+        best = {step: self.best_loss for step, path in found if str(path) == self.best_path}
+        there |= {step: loss for step, loss in best.items() if loss is not None}
         kept = {found[-1][0]} if found else set[int]()
         if there:
             kept.add(min(there, key=lambda step: (there[step], step)))

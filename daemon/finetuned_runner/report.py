@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,7 @@ _LEVELS = {
 
 _RESERVE = ".reserve"
 _RESERVED_BYTES = 256 << 10
+_LOOK_SECONDS = 1.0
 
 # They write out the model's whole configuration at every load and save.
 _WORDY_LOGGERS = (
@@ -63,10 +65,10 @@ class Report:
         self._file = os.open(
             run_dir / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600
         )
-        self._reserve()
+        self.reserve()
         sync_dir(run_dir)
         self.is_disk_full = False
-        """The run folder took no more events at some time; the run is to save and end."""
+        """Events are held back, as the run folder takes no more of them."""
         self.current_phase: RunPhase | None = None
         self.step = 0
         """Last whole optimizer step."""
@@ -90,27 +92,39 @@ class Report:
             self._held.append(line)
             self._write_held()
 
+    def write_held(self) -> bool:
+        """Writes what was held back, as far as there is room; whether that was all."""
+        with self._lock:
+            self._write_held()
+            return not self._held
+
     def _write_held(self) -> None:
         while self._held:
             line = self._held[0]
             try:
-                written = 0
-                while written < len(line):  # a full disk takes a part, and then says so
-                    written += os.write(self._file, line[written:])
+                _append(self._file, line, self._size)
             except OSError as error:
-                os.ftruncate(self._file, self._size)
                 if error.errno not in DISK_FULL_ERRNOS:
                     raise
                 self.is_disk_full = True
                 return
             self._size += len(line)
             del self._held[0]
+        self.is_disk_full = False
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
         """Sets room aside for the run's last words, should the disk be full by then."""
         with open(self._run_dir / _RESERVE, "wb") as file:
             file.write(bytes(_RESERVED_BYTES))
             os.fsync(file.fileno())
+
+    def _use_reserve(self) -> bool:
+        """Gives up the room set aside; False: that was done before."""
+        try:
+            (self._run_dir / _RESERVE).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def phase(self, phase: RunPhase, message: str = "") -> None:
         """Says that the run entered a phase. A run that is stopping enters no other."""
@@ -151,22 +165,56 @@ class Report:
             inode=parent.st_ino,
         )
         line = record.model_dump_json().encode() + b"\n"
-        with open(self._run_dir / OUTPUTS, "ab") as file:
-            file.write(line)
-            file.flush()
+        with open(self._run_dir / OUTPUTS, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                _append(file.fileno(), line, size)
+            except OSError as error:
+                # The last checkpoint of a run, on another disk, must not be lost for want of one
+                # line here.
+                is_last = self.current_phase is RunPhase.STOPPING
+                if error.errno not in DISK_FULL_ERRNOS or not is_last or not self._use_reserve():
+                    raise
+                _append(file.fileno(), line, size)
             os.fsync(file.fileno())
+        if size == 0:
+            sync_dir(self._run_dir)
 
-    def finish(self, result: Result) -> None:
+    def finish(self, result: Result, patience: float = 0.0) -> None:
         """Writes `result.json`, the last thing of a run, when all events are durable.
+
+        Args:
+            result: How the run ended.
+            patience: Seconds to wait for room on a full disk.
 
         Raises:
             OSError: It can't be written; the exit status is all there is then.
         """
-        with self._lock:
-            (self._run_dir / _RESERVE).unlink(missing_ok=True)
-            self._write_held()
-            self.sync()
-            write_record(self._run_dir / RESULT, result)
+        deadline = time.monotonic() + patience
+        self._use_reserve()
+        while True:
+            is_late = time.monotonic() >= deadline
+            try:
+                with self._lock:
+                    if self.write_held() or is_late:
+                        self.sync()
+                        write_record(self._run_dir / RESULT, result)
+                        return
+            except OSError as error:
+                if is_late or error.errno not in DISK_FULL_ERRNOS:
+                    raise
+            time.sleep(_LOOK_SECONDS)
+
+
+def _append(file: int, line: bytes, size: int) -> None:
+    """Appends a line to a file of `size` bytes, whole or not at all."""
+    try:
+        written = 0
+        while written < len(line):  # a full disk takes a part, and then says so
+            written += os.write(file, line[written:])
+    except OSError:
+        os.ftruncate(file, size)
+        raise
 
 
 class _EventHandler(logging.Handler):

@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,8 @@ _TOKENIZER_FILES = (
 _TOKENS = "tokens"
 _INDEX = "index.npz"
 _HASH, _LARGEST = "sha256", "largest"
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, BadZipFile, struct.error, zlib.error)
+"""What an index raises of which a loss of power has left a part."""
 _NEW = ".new-"
 
 _logger = logging.getLogger(__name__)
@@ -158,7 +162,7 @@ class TokenCache:
             if _digest(folder / _TOKENS) != digest:
                 raise ValueError("they are not what was written")
             store = TokenStore(folder / _TOKENS)
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except _UNREADABLE as error:
             if folder.exists():  # damaged: made anew, as if it weren't there
                 _logger.warning("tokens in the cache can't be read (%s); they are made anew", error)
                 shutil.rmtree(folder, ignore_errors=True)

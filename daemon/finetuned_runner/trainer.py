@@ -39,9 +39,7 @@ from finetuned_daemon.runs.contract import (
 from finetuned_daemon.runs.manifest import Manifest
 from finetuned_runner import checkpoint, pissa
 from finetuned_runner.arguments import Precision, training_arguments
-from finetuned_runner.compute import (
-    PaddingCollator,
-)
+from finetuned_runner.compute import PaddingCollator
 from finetuned_runner.computing import ComputingTrainer
 from finetuned_runner.control import Watch
 from finetuned_runner.failures import RunFailed
@@ -51,11 +49,12 @@ from finetuned_runner.random_state import RandomState
 from finetuned_runner.ranking import Ranking
 from finetuned_runner.report import Report
 from finetuned_runner.reporting import end_reporting
+from finetuned_runner.room import GivenUp, Room, size_of, size_of_state
 from finetuned_runner.samples import Samples
 
 _PROGRESS_SECONDS = 0.5
 
-Cause = Literal["steps", "epoch", "interval", "stop", "signal", "end"]
+Cause = Literal["steps", "epoch", "interval", "stop", "signal", "suspend", "end"]
 
 
 class _EvaluationStopped(Exception):
@@ -72,9 +71,16 @@ class RunTrainer(ComputingTrainer):
         watch: Watch,
         checkpoint_quota: int | None,
         made_with: Manifest,
+        room: Room,
+        *,
+        is_probe: bool = False,
         **trainer: Any,
     ):
         super().__init__(parameters, report, **trainer)
+        self.room = room
+        """Waits where the disk is full."""
+        self._is_probe = is_probe
+        self._save_wishes = 0
         self._checkpoint_quota = checkpoint_quota
         self._num_saved = 0
         self._report = report
@@ -96,7 +102,7 @@ class RunTrainer(ComputingTrainer):
         self._best_loss: float | None = None
         self._without_gain = 0
         self._made_with = made_with
-        self.ranking = Ranking(report)
+        self.ranking = Ranking(report, room)
         self.ends_early = False
         self.is_out_of_quota = False
         """The checkpoint just saved was the last that the training quota allowed."""
@@ -312,7 +318,14 @@ class RunTrainer(ComputingTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._meter.pause():
-            target, manifest = self.write_checkpoint()
+            target = checkpoint.checkpoint_path(self._output_dir, self.state.global_step)
+            try:
+                target, manifest = self.room.write(
+                    target, self.checkpoint_bytes, self.write_checkpoint
+                )
+            except GivenUp:
+                self.control.should_training_stop = True
+                return
             self._report.emit(
                 CheckpointSaved(
                     path=str(target),
@@ -328,6 +341,15 @@ class RunTrainer(ComputingTrainer):
         self._last_save = time.monotonic()
         if not self.is_done:
             self._report.phase(RunPhase.TRAINING)
+
+    def weight_bytes(self) -> int:
+        """About how much the final adapter or model takes on disk."""
+        model = cast("torch.nn.Module", self.model)
+        return size_of(model, trained_only=isinstance(model, PeftModel))
+
+    def checkpoint_bytes(self) -> int:
+        """About how much a checkpoint takes on disk."""
+        return self.weight_bytes() + size_of_state(self.optimizer)
 
     def write_checkpoint(self) -> tuple[Path, Manifest]:
         """Writes the checkpoint of this step, and tells nobody."""
@@ -360,7 +382,9 @@ class RunTrainer(ComputingTrainer):
         )
 
     def _remove_oldest(self) -> None:
-        found = checkpoint.list_checkpoints(self._output_dir)
+        # One of a later step was passed over, not being whole, when a paused run went on.
+        now = self.state.global_step
+        found = [c for c in checkpoint.list_checkpoints(self._output_dir) if c[0] <= now]
         for step, path in self.ranking.surplus(found, self._parameters.training.save_total_limit):
             checkpoint.remove_folder(path)
             self._report.emit(CheckpointDeleted(path=str(path), step=step))
@@ -379,11 +403,13 @@ class RunTrainer(ComputingTrainer):
 
     def uses_up_quota(self) -> bool:
         """Whether the run has to end with the checkpoint it has just saved."""
-        quota = self._watch.checkpoint_quota
-        if quota is None:
-            quota = self._checkpoint_quota
+        quota = self._quota()
         self.is_out_of_quota = quota is not None and self._num_saved >= quota and not self.is_done
         return self.is_out_of_quota
+
+    def _quota(self) -> int | None:
+        quota = self._watch.checkpoint_quota
+        return self._checkpoint_quota if quota is None else quota
 
     @property
     def wishes_stop(self) -> bool:
@@ -405,6 +431,7 @@ class RunTrainer(ComputingTrainer):
             )
         )
         self._last_save = time.monotonic()
+        self._save_wishes = self._watch.save_wishes  # before there was anything to save
         if self._owes_evaluation:
             self._owes_evaluation = False
             self._evaluate(None, None)
@@ -417,11 +444,29 @@ class RunTrainer(ComputingTrainer):
             self._cause = "epoch" if at_epoch_end else "steps"
             if not at_epoch_end and self.is_done and self.state.global_step % training.save_steps:
                 self._cause = "end"
-        elif not at_epoch_end and training.save_strategy != "no" and not self.is_done:
-            due = time.monotonic() - self._last_save >= training.save_interval_minutes * 60
-            if due:
-                control.should_save = True
-                self._cause = "interval"
+        elif (
+            not at_epoch_end
+            and training.save_strategy != "no"
+            and not self.is_done
+            and time.monotonic() - self._last_save >= training.save_interval_minutes * 60
+        ):
+            control.should_save = True
+            self._cause = "interval"
+        if not at_epoch_end and self._is_asked_to_save():
+            control.should_save = True
+            self._cause = "suspend"
+
+    def _is_asked_to_save(self) -> bool:
+        """Whether a checkpoint was newly wished for, and can be had without ending the run."""
+        wishes = self._watch.save_wishes
+        if wishes <= self._save_wishes:
+            return False
+        self._save_wishes = wishes
+        if self.is_done or self._is_probe or self.saved_here() is not None:
+            return False
+        quota = self._quota()
+        # The last one belongs to a stop.
+        return quota is None or self._num_saved + 1 < quota
 
     def tell_metrics(self, logs: dict[str, float]) -> None:
         """Reports what the Trainer logs of a step."""
@@ -461,6 +506,8 @@ def make_trainer(
         watch,
         spec.checkpoint_quota,
         checkpoint.made_with(spec, len(train_set)),
+        Room(report, watch, 0.0 if spec.probe else spec.disk_wait_seconds),
+        is_probe=spec.probe,
         model=model,
         args=training_arguments(
             parameters,
@@ -499,6 +546,7 @@ class _Flow(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self._trainer.room.await_events()
         self._trainer.choose_save(control, at_epoch_end=False)
         if state.global_step >= state.max_steps:
             control.should_log = True

@@ -30,6 +30,7 @@ from finetuned_daemon.runs.contract import (
     Spec,
 )
 from finetuned_daemon.runs.manifest import MANIFEST, STATE_FILES, Manifest
+from finetuned_runner import BEGAN
 from finetuned_runner.control import Watch
 from finetuned_runner.model import Model
 from finetuned_runner.report import Report
@@ -72,7 +73,6 @@ def run(
     Raises:
         RunFailed: The run would fail like this, too.
     """
-    began = psutil.Process().create_time()
     waiting = time.monotonic()
     step_size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     samples = _Longest.of(cast("Samples", trainer.train_dataset), step_size)
@@ -83,7 +83,7 @@ def run(
     trainer.add_callback(clock)
     trainer.train_dataset = cast("Any", samples.part)
     watch.begin_training()
-    start_seconds = time.time() - began - waited
+    start_seconds = time.monotonic() - BEGAN - waited
     trainer.train()
     if trainer.is_stopped:
         return _stopped(trainer)

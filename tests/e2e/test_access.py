@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from daemon_process import Daemon
 from finetuned import Client
 from finetuned.v1 import system_service_pb2, system_service_pb2_grpc, task_service_pb2
+from reach import bearer, get_info, tcp_address
 
 
 def mode(path: Path) -> int:
@@ -100,11 +101,39 @@ def test_tcp_is_served_to_the_token_alone(listening: Daemon) -> None:
     assert token not in listening.log.read_text()
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.168.1.1:80", "localhost", "[::]:1", ":1"])
-def test_no_address_but_loopback_is_served(tmp_path: Path, address: str) -> None:
-    daemon = Daemon(tmp_path, "--listen", address)
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        *((a, "with encryption only") for a in ("0.0.0.0:0", "192.168.1.1:80", "[::]:1")),
+        *((a, "with encryption only") for a in ("[::ffff:127.0.0.1]:0", "[fe80::1%lo]:0")),
+        *((a, "no IP address with a port") for a in ("localhost", ":1", "a.example:1", "::1:1")),
+        *(
+            (a, "no IP address with a port")
+            for a in ("127.1:0", "127.0.0.1:65536", "[127.0.0.1]:1")
+        ),
+        ("127.0.0.1:0", "--tls-cert and --tls-key go together"),
+    ],
+)
+def test_no_address_but_loopback_is_served_without_tls(
+    tmp_path: Path, address: str, sentence: str
+) -> None:
+    options = ["--tls-cert", "x"] if "together" in sentence else []
+    daemon = Daemon(tmp_path, "--listen", address, *options)
     assert daemon.spawn().wait(20) == 2
-    assert "only loopback" in daemon.log.read_text()
+    assert sentence in " ".join(daemon.log.read_text().split())
+    assert not daemon.paths.state_dir.exists(), "it was refused before anything was made"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.0.0.9:0"])
+def test_loopback_has_several_names(tmp_path: Path, address: str) -> None:
+    daemon = Daemon(tmp_path, "--listen", address, "--listen", "127.0.0.1:0").start()
+    try:
+        for number in (0, 1):
+            served = tcp_address(daemon, number)
+            assert get_info(served) == "UNAUTHENTICATED"
+            assert get_info(served, bearer(daemon.paths.token)) == "OK"
+    finally:
+        daemon.close()
 
 
 def test_a_port_that_is_taken_is_an_error_in_one_sentence(
@@ -184,8 +213,8 @@ def test_a_long_home_gets_a_socket_that_can_be_bound(tmp_path: Path) -> None:
         process.terminate()
         process.wait(20)
         process.stderr.close()
+    assert not (path.parent / "token").exists(), "only TCP has one"
     (path.parent / "lock").unlink()
-    (path.parent / "token").unlink()
     path.parent.rmdir()
 
 

@@ -139,12 +139,10 @@ def test_all_fields_are_named_however_long_their_values(daemon: Daemon) -> None:
                 setattr(part, f.name, -5)
     with refused() as refusal:
         daemon.create(parameters, request_id="x" * 5000)
-    assert refusal.fields == {"request_id": "BAD_REQUEST_ID"}
-    with refused() as refusal:
-        daemon.create(parameters)
+    assert refusal.fields["request_id"] == "BAD_REQUEST_ID"
     wrong = [f for section in parameters.DESCRIPTOR.fields for f in section.message_type.fields]
     numbers_and_texts = [f for f in wrong if f.type != f.TYPE_BOOL and f.type != f.TYPE_MESSAGE]
-    assert len(refusal.fields) == len(numbers_and_texts)
+    assert len(refusal.fields) == len(numbers_and_texts) + 1
     with refused() as refusal:
         daemon.get("tasks/" + "ü" * 70_000)
     assert refusal.reason == "TASK_NOT_FOUND"

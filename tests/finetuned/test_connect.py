@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,9 @@ def test_without_unix_sockets_the_endpoint_file_tells(
     monkeypatch.delattr(socket, "AF_UNIX")
     with pytest.raises(DaemonUnavailable):
         find()
-    (folders / "daemon.json").write_text(json.dumps({"addresses": ["127.0.0.1:6"], "pid": 1}))
+    (folders / "daemon.json").write_text(
+        json.dumps({"addresses": ["127.0.0.1:6"], "pid": os.getpid()})
+    )
     assert find().target == "127.0.0.1:6"
     assert find().token == "of-the-file"
     (folders / "daemon.json").write_text('{"addr')
@@ -67,12 +71,12 @@ def test_the_token_comes_from_argument_variable_or_file(
 
 
 def announce(folders: Path, *addresses: str) -> None:
-    content = {"addresses": [f"unix:{folders}/finetuned.sock", *addresses], "pid": 1}
+    content = {"addresses": [f"unix:{folders}/finetuned.sock", *addresses], "pid": os.getpid()}
     (folders / "daemon.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(
-    "address", ["example.org:5", "127.0.0.1:6", "localhost:5", "[::1]:5", "127.0.0.1:05"]
+    "address", ["127.0.0.2:5", "127.0.0.1:6", "localhost:5", "[::1]:5", "127.0.0.1:05"]
 )
 def test_the_file_s_token_is_shown_to_our_daemon_alone(folders: Path, address: str) -> None:
     assert find(address).token == "", "no daemon has announced itself"
@@ -81,6 +85,22 @@ def test_the_file_s_token_is_shown_to_our_daemon_alone(folders: Path, address: s
     assert find(address).token == ("of-the-file" if is_ours else "")
     assert find(address, "given").token == "given"
     assert find("127.0.0.1:5").token == "of-the-file"
+
+
+@pytest.mark.parametrize("left", [{}, {"pid": "1"}, {"pid": -1}, {"boot_id": "before"}])
+def test_the_file_s_token_is_not_shown_where_the_daemon_has_gone(
+    folders: Path, left: dict[str, object]
+) -> None:
+    """After a crash its endpoint file is still there, and anybody may have taken its port."""
+    announce(folders, "127.0.0.1:5")
+    file = folders / "daemon.json"
+    assert find("127.0.0.1:5").token == "of-the-file"
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    file.write_text(json.dumps({**json.loads(file.read_bytes()), "pid": gone.pid, **left}))
+    if "boot_id" in left:
+        file.write_text(json.dumps({**json.loads(file.read_bytes()), "pid": os.getpid()}))
+    assert find("127.0.0.1:5").token == ""
 
 
 @pytest.mark.parametrize("token", ["é", "two\nlines", "a\udcff", "a\x00b"])

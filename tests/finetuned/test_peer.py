@@ -25,6 +25,8 @@ from finetuned import (
     Event,
     EventsLost,
     InvalidArgument,
+    LogReplaced,
+    OutOfRange,
     Snapshot,
     Task,
     Unimplemented,
@@ -99,6 +101,13 @@ class Peer(TaskServiceServicer, DatasetServiceServicer):
             if message == "hang":
                 self.over.wait()
                 return
+            if message == "replaced":
+                info = error_details_pb2.ErrorInfo(reason="LOG_EPOCH_CHANGED", domain="finetuned")
+                packed = any_pb2.Any()
+                packed.Pack(info)
+                code = code_pb2.OUT_OF_RANGE
+                status = status_pb2.Status(code=code, message="another log", details=[packed])
+                context.abort_with_status(rpc_status.to_status(status))
             assert isinstance(message, WatchTaskResponse)
             yield message
 
@@ -215,6 +224,22 @@ async def test_a_stream_that_breaks_is_taken_up_where_it_broke(client: Any, peer
     kinds = [type(item) for item in items]
     assert kinds == [Snapshot, Event, Event, ConnectionLost, Snapshot, Event]
     assert [(r.after_seq, r.log_epoch) for r in peer.asked] == [(0, ""), (2, "e"), (2, "e")]
+
+
+async def test_another_log_is_watched_from_its_first_event_on(client: Any, peer: Peer) -> None:
+    """The watcher is told, as events come under numbers that it has seen."""
+    peer.streams = [[snapshot(2), event(1), event(2)], ["replaced"], [snapshot(0), end(1)]]
+    items = await watched(client)
+    kinds = [type(item) for item in items]
+    assert kinds == [Snapshot, Event, Event, ConnectionLost, LogReplaced, Snapshot, Event]
+    assert [(r.after_seq, r.log_epoch) for r in peer.asked] == [(0, ""), (2, "e"), (0, "")]
+
+
+async def test_a_place_in_another_log_is_no_place_to_begin(client: Any, peer: Peer) -> None:
+    """Whoever kept it has kept what was before, too: that is theirs to throw away."""
+    peer.streams = [["replaced"]]
+    with pytest.raises(OutOfRange):
+        await watched(client)
 
 
 async def test_a_silent_stream_is_taken_for_dead(

@@ -15,7 +15,7 @@ from finetuned._paths import paths
 from finetuned_daemon.config import Config
 from finetuned_daemon.dataset.report import InspectRequest, MeasureRequest, Progress
 from finetuned_daemon.dataset.worker import Worker
-from finetuned_daemon.errors import InvalidRequest, Stopping, TooMany, WrongState
+from finetuned_daemon.errors import InvalidRequest, LimitReached, Stopping, WrongState
 from finetuned_daemon.runs.contract import TrainingType
 from tiny import chats, make_model, write_jsonl
 
@@ -147,7 +147,7 @@ async def test_two_at_once_are_answered_a_third_is_refused_and_all_end_with_the_
     ):
         assert isinstance(await anext(first), Progress)
         assert isinstance(await anext(second), Progress)
-        with pytest.raises(TooMany):
+        with pytest.raises(LimitReached):
             await anext(worker.inspect(request))
         await second.aclose()
         third = worker.inspect(request)

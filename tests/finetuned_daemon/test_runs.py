@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from finetuned_daemon.runs.contract import (
 )
 from finetuned_daemon.runs.outcome import Evidence, decide
 from finetuned_daemon.runs.process import Exit
-from finetuned_daemon.runs.scheduler import may_start, queue_position
+from finetuned_daemon.runs.scheduler import may_start, moved, queue_positions
 from finetuned_daemon.tasks import ENDS, Run, TaskState
 
 
@@ -180,7 +181,31 @@ def test_the_first_in_each_queue_starts_where_the_device_is_free() -> None:
     q, r = TaskState.QUEUED, TaskState.RUNNING
     runs = queue(("cuda:0", r), ("cuda:0", q), ("cpu", q), ("cpu", q), ("cuda:1", q))
     assert [run.key for run in may_start(runs)] == [3, 5]
-    assert [queue_position(run, runs) for run in runs] == [0, 1, 1, 2, 1]
+    waiting = [(run.task_key, run.device) for run in runs if run.state is q]
+    assert queue_positions(waiting) == {2: 1, 3: 1, 4: 2, 5: 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "position", "order"),
+    [
+        (4, 1, [4, 2, 3]),
+        (2, 2, [3, 2, 4]),
+        (2, 3, [3, 4, 2]),
+        (3, 99, [2, 4, 3]),
+        (3, 2, [2, 3, 4]),
+    ],
+)
+def test_a_move_takes_one_run_elsewhere_and_keeps_the_order_of_the_others(
+    key: int, position: int, order: list[int]
+) -> None:
+    """The queue of another device is not touched, and what runs keeps its place."""
+    q, r = TaskState.QUEUED, TaskState.RUNNING
+    runs = queue(("cpu", r), ("cpu", q), ("cpu", q), ("cpu", q), ("cuda:0", q))
+    runs = [replace(run, place=10 * run.key) for run in runs]
+    changed = {run.key: run for run in moved(runs[key - 1], position, runs)}
+    after = sorted((changed.get(run.key, run) for run in runs), key=lambda run: run.place)
+    assert [run.key for run in after] == [1, *order, 5]
+    assert all(run.place != runs[run.key - 1].place for run in changed.values())
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("1", 1), ("3", 3), ("0", None), ("x", None)])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -495,8 +495,8 @@ def test_a_process_with_a_tokenizer_starts_without_torch(tmp_path, model):
 
 
 def test_the_process_ends_when_the_daemon_is_gone(tmp_path):
-    fifo = tmp_path / "chats.jsonl"
-    os.mkfifo(fifo)
+    path = tmp_path / "chats.jsonl"
+    path.write_text((json.dumps(chats(1)[0]) + "\n") * 200_000)
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "finetuned_runner", "--inspect"],
         stdin=subprocess.PIPE,
@@ -504,9 +504,11 @@ def test_the_process_ends_when_the_daemon_is_gone(tmp_path):
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        request = InspectRequest(training_type=SFT, path=str(fifo))
+        request = InspectRequest(training_type=SFT, path=str(path))
         process.stdin.write(request.model_dump_json().encode() + b"\n")
         process.stdin.flush()
         assert process.stdout.readline().startswith(b'{"kind":"progress"')
+        process.send_signal(signal.SIGSTOP)  # in the midst of the file
         process.stdin.close()
+        process.send_signal(signal.SIGCONT)
         assert process.wait(20) == 1

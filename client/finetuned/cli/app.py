@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from finetuned._version import __version__
-from finetuned.cli import check, daemon, dataset, device, doctor, form, probe, task, template, train
+from finetuned.cli import (
+    check,
+    daemon,
+    dataset,
+    device,
+    doctor,
+    form,
+    probe,
+    queue,
+    support,
+    task,
+    template,
+    train,
+)
 from finetuned.cli.settings import Group, settings
 
 app = typer.Typer(
@@ -24,8 +37,10 @@ app.command("train")(train.train)
 app.command("check")(check.check)
 app.command("estimate")(check.estimate)
 app.command("probe")(probe.probe)
+app.command("queue")(queue.queue)
 app.command("params")(form.params)
 app.command("doctor")(doctor.doctor)
+app.command("support-bundle")(support.support_bundle)
 app.add_typer(task.app, name="task")
 app.add_typer(template.app, name="template")
 app.add_typer(dataset.app, name="dataset")

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from finetuned.cli import log
 from finetuned.cli.settings import Exit, JsonOption, say, settings
 
 if TYPE_CHECKING:
     from finetuned._client import Client
 
 app = typer.Typer(no_args_is_help=True, help="The daemon itself.")
+
+app.command("logs")(log.logs)
 
 _STOP_SECONDS = 15.0
 _POLL_SECONDS = 0.05
@@ -83,6 +86,7 @@ def _show(client: Client, as_json: bool) -> None:
             ("process", str(info.pid)),
             ("since", time_text(info.start_time)),
             ("state folder", info.state_dir),
+            ("log", info.log_path),
             ("tasks", f"{info.running_tasks} running, {info.queued_tasks} queued"),
             ("quota", spent if has_quota else ""),
             ("runner python", info.runner_python),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetuned.cli.settings import Exit, JsonOption, say, settings
+from finetuned.cli.settings import Exit, JsonOption, say, settings, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -254,7 +254,7 @@ def _show_sample(sample: RenderedSample) -> None:
     out.print(Text(head + (", cut" if sample.cut else ""), style="bold"), soft_wrap=True)
     text = Text()
     for piece in sample.pieces:
-        words = _visible(piece.text)
+        words = visible(piece.text)
         if piece.learned and not _has_colour(out):
             words = f"{begin}{words}{end}"
         text.append(words, style="green" if piece.learned else "")
@@ -311,13 +311,5 @@ def _other_type(report: DatasetReport, file: Path, training_type: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    short = " ".join(_visible(text).split())
+    short = " ".join(visible(text).split())
     return short if len(short) <= 60 else short[:57] + "..."
-
-
-def _visible(text: str) -> str:
-    """The text without what would steer the terminal."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else f"\\x{ord(character):02x}"
-        for character in text
-    )

@@ -58,17 +58,20 @@ def fix(
     """Mend a task whose run failed: show what to change and why, ask, and change it.
 
     The new run goes on from the newest whole checkpoint wherever it can. Exit status 1 where no fix
-    is known; it is said then what to do by hand.
+    is known; it is said then what to do by hand. A run that is paused on a full disk goes on by
+    itself once there is room; to change its task is to stop it.
     """
     from finetuned._documents import sections
     from finetuned.cli.follow import follow
     from finetuned.cli.output import print_json_line, print_json_value, state_word, to_dict
-    from finetuned.v1.task_pb2 import TaskState
+    from finetuned.v1.task_pb2 import PauseReason, TaskState
 
     options = settings(ctx)
     with options.client() as client:
         task = client.get_task(name)
-        if task.state not in (TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_PENDING):
+        waits = task.pause_reason == PauseReason.PAUSE_REASON_DISK_FULL
+        mendable = task.state in (TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_PENDING)
+        if not (mendable or waits):
             say(f"error: {task_word(task)} is {state_word(task.state)}: there is nothing to mend")
             raise typer.Exit(Exit.FAILED)
         plan = _plan(client, task)
@@ -78,9 +81,12 @@ def fix(
         if plan.changes and not yes:
             flags = [flag for flag, on in (("--start", start), ("--watch", watch)) if on]
             command = task_command("fix", name, "--yes", *flags)
-            if not confirm(f"Change task {task_word(task)} like this?", command):
+            change = "Stop and change" if waits else "Change"
+            if not confirm(f"{change} task {task_word(task)} like this?", command):
                 say("nothing was changed")
                 raise typer.Exit(Exit.FAILED)
+        if plan.changes and waits:
+            task = client.stop_task(task.name)
         if plan.changes:
             values = {
                 change.field: "" if change.new is None else change.new for change in plan.changes
@@ -88,7 +94,7 @@ def fix(
             task = client.update_task(task.name, sections(values), etag=task.etag)
             if not as_json:
                 say(f"changed; undo it: {undo}")
-        if plan.is_known and (start or watch):
+        if plan.is_known and (start or watch) and (plan.changes or not waits):
             seq = task.last_seq
             task = client.start_task(task.name, etag=task.etag)
             if watch:
@@ -97,6 +103,8 @@ def fix(
                 raise typer.Exit(follow(client, task, as_json=as_json, after_seq=seq))
     if as_json:
         print_json_value({**_content(plan, undo), "task": to_dict(task)})
+    elif waits and not plan.changes:
+        say("it goes on by itself once there is room")
     elif plan.is_known:
         if start:
             print(f"{task_word(task)} {state_word(task.state)}")
@@ -175,16 +183,18 @@ def _result(client: Client, task: Task) -> Result | None:
     if not task.run:
         return None
     for after in (max(task.last_seq - _LAST_EVENTS, 0), 0):
-        for event in client.list_events(task.name, after, run=task.run):
-            if event.WhichOneof("payload") == "result":
-                return event.result
+        events = client.list_events(task.name, after, run=task.run)
+        found = [event.result for event in events if event.WhichOneof("payload") == "result"]
+        if found:
+            return found[-1]  # a run that went on after a full disk has more than one
     return None
 
 
 def _show(task: Task, plan: _Plan) -> None:
     from finetuned.cli.output import print_pairs, reason_word, value_text
 
-    print_pairs([("failed", reason_word(task.end_reason)), ("why", task.end_message)])
+    word = "paused" if task.pause_reason else "failed"
+    print_pairs([(word, reason_word(task.end_reason)), ("why", task.end_message)])
     if not plan.is_known:
         say("no fix is known" + (f": {plan.why}" if plan.why else ""))
         return

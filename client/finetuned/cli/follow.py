@@ -37,6 +37,10 @@ def follow(client: Client, task: Task, *, as_json: bool, after_seq: int = 0) -> 
     except KeyboardInterrupt:
         if tracker.state == TaskState.TASK_STATE_PENDING:
             say(f"not started; start it: {task_command('start', tracker.task)}")
+        elif tracker.state == TaskState.TASK_STATE_PAUSED:
+            say("the run is paused")
+            say(f"  let it go on: {task_command('resume', tracker.task, '--watch')}")
+            say(f"  stop it:      {task_command('stop', tracker.task)}")
         elif not tracker.has_ended:
             say("the run goes on")
             say(f"  watch it again: {task_command('watch', tracker.task)}")

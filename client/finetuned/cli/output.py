@@ -13,12 +13,13 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from finetuned._violations import plain_value
-from finetuned.cli.settings import json_text
+from finetuned.cli.settings import json_text, visible
 from finetuned.v1.task_pb2 import EndReason, RunPhase, Task, TaskState, TrainingType
 
 STATE_STYLES = {
@@ -28,6 +29,7 @@ STATE_STYLES = {
     "completed": "green",
     "stopped": "dark_orange",
     "failed": "red",
+    "paused": "dark_orange",
 }
 
 
@@ -38,6 +40,16 @@ class _Console(Console):
         """Rich would end the process with a status of its own."""
         self.quiet = True  # what is in the buffer has no reader
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """What is drawn, without what a text in it would have the terminal do."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield segment._replace(text=visible(segment.text))
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -29,6 +29,7 @@ from finetuned._errors import (
     FailedPrecondition,
     FieldViolation,
     FinetunedError,
+    InternalError,
     InvalidArgument,
     NotFound,
     Unauthenticated,
@@ -221,9 +222,16 @@ def json_text(value: Any, encoding: str | None, indent: int | None = None) -> st
     return text
 
 
+def visible(text: str) -> str:
+    """The text without what would steer the terminal: names of files and log lines may."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
 def say(text: str) -> None:
     """A line for people, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def show_error(error: FinetunedError, as_json: bool, options: Settings | None = None) -> None:
@@ -241,6 +249,7 @@ def show_error(error: FinetunedError, as_json: bool, options: Settings | None = 
             "reason": error.reason,
             "message": error.message,
             "violations": violations,
+            "request_id": error.request_id,
         }
         say(json_text({"error": content}, sys.stderr.encoding))
         return
@@ -252,6 +261,8 @@ def show_error(error: FinetunedError, as_json: bool, options: Settings | None = 
             say(f"  {field:<{width}}  {description}")
     else:
         say(f"error: {error.message}")
+    if isinstance(error, InternalError):
+        say(f"please report it, with what this collects: finetunectl support-bundle ({_id(error)})")
     hint = _hint(error, options or Settings())
     if hint:
         say(hint)
@@ -259,6 +270,10 @@ def show_error(error: FinetunedError, as_json: bool, options: Settings | None = 
 
 def _short(violation: FieldViolation) -> str:
     return violation.field.removeprefix("task.").removeprefix("parameters.") or "request"
+
+
+def _id(error: FinetunedError) -> str:
+    return f"request {error.request_id}" if error.request_id else "the call has no id"
 
 
 def _hint(error: FinetunedError, options: Settings) -> str:
@@ -285,6 +300,8 @@ def _hint(error: FinetunedError, options: Settings) -> str:
             return ""
         if name.startswith("tasks/"):
             name = options.task or name
+        if error.reason == "TASK_PAUSED":
+            return f"let it go on: {task_command('resume', name)}"
         if error.reason == "TASK_ACTIVE":
             return f"stop it: {task_command('stop', name, '--wait')}"
         return f"how it stands: {task_command('show', name)}"

@@ -17,6 +17,7 @@ from finetuned.cli.checkpoint import (
 from finetuned.cli.edit import edit
 from finetuned.cli.export import export_config
 from finetuned.cli.fix import fix
+from finetuned.cli.queue import move, pause, pause_text, resume
 from finetuned.cli.settings import (
     Exit,
     JsonOption,
@@ -26,6 +27,7 @@ from finetuned.cli.settings import (
     say,
     settings,
     task_command,
+    visible,
 )
 from finetuned.cli.train import (
     DataOption,
@@ -54,6 +56,9 @@ app.command("checkpoints")(checkpoints)
 app.command("delete-checkpoint")(delete_checkpoint)
 app.command("export-config")(export_config)
 app.command("fix")(fix)
+app.command("pause")(pause)
+app.command("resume")(resume)
+app.command("move")(move)
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -128,7 +133,7 @@ def list_tasks(
             (
                 task.display_name,
                 type_word(task.training_type),
-                state_text(task.state),
+                state_text(task.state).append(pause_text(task)),
                 progress_text(task),
                 f"{task.progress.loss:.4f}" if task.progress.HasField("loss") else "",
                 time_text(task.create_time),
@@ -321,7 +326,8 @@ def _show_log(event: Event, levels: tuple[str, ...], as_json: bool) -> None:
         print_json_line({"event": to_dict(event)})
     else:
         moment = f"{local(event.time):%Y-%m-%d %H:%M:%S}"
-        print(f"{moment} {line.level.upper():7} {line.logger}: {line.text}", flush=True)
+        text = visible(f"{line.logger}: {line.text}")
+        print(f"{moment} {line.level.upper():7} {text}", flush=True)
 
 
 def _result(client: Client, task: Task, runs: list[Run]) -> str:
@@ -331,8 +337,9 @@ def _result(client: Client, task: Task, runs: list[Run]) -> str:
     if not runs or task.state != TaskState.TASK_STATE_COMPLETED:
         return ""
     # It is one of the run's last events.
-    results = client.list_events(task.name, max(task.last_seq - 20, 0), run=runs[0].number)
-    return next((e.result.output_path for e in results if e.WhichOneof("payload") == "result"), "")
+    events = client.list_events(task.name, max(task.last_seq - 20, 0), run=runs[0].number)
+    paths = [e.result.output_path for e in events if e.WhichOneof("payload") == "result"]
+    return paths[-1] if paths else ""
 
 
 def _show_task(task: Task, runs: list[Run], result: str) -> None:
@@ -354,7 +361,7 @@ def _show_task(task: Task, runs: list[Run], result: str) -> None:
             ("name", task.display_name),
             ("id", task.name.removeprefix("tasks/")),
             ("type", type_word(task.training_type)),
-            ("state", state_text(task.state)),
+            ("state", state_text(task.state).append(pause_text(task))),
             ("phase", phase_word(task.phase) if task.phase else ""),
             ("queue", f"place {task.queue_position}" if task.queue_position else ""),
             ("end", reason_word(task.end_reason)),

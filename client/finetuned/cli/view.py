@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from finetuned._watch import ConnectionLost, WatchItem
+from finetuned._watch import ConnectionLost, LogReplaced, WatchItem
 from finetuned.cli.output import (
     bytes_text,
     console,
@@ -29,7 +29,7 @@ from finetuned.cli.output import (
     state_word,
     to_dict,
 )
-from finetuned.cli.settings import say, task_command
+from finetuned.cli.settings import say, task_command, visible
 from finetuned.cli.tracker import Tracker
 from finetuned.v1.event_pb2 import Event
 from finetuned.v1.task_pb2 import TaskState
@@ -40,6 +40,7 @@ _RECONNECTING = (
     "if nothing brings the daemon back: finetunectl daemon start"
 )
 _RECONNECTED = "daemon connection is back"
+_REPLACED = "the daemon's log was restored: its events follow from the first on"
 
 
 # Their own action would end the process at once, and leave the cursor hidden.
@@ -84,6 +85,8 @@ class JsonView(View):
                         }
                     }
                 )
+            case LogReplaced():
+                print_json_line({"log_replaced": {"after_seq": item.after_seq}})
 
 
 class PlainView(View):
@@ -97,10 +100,12 @@ class PlainView(View):
         if isinstance(item, Event):
             line = event_line(item, tracker)
             if line:
-                print(f"{local(item.time):%H:%M:%S}  {line}", flush=True)
+                print(f"{local(item.time):%H:%M:%S}  {visible(line)}", flush=True)
         elif isinstance(item, ConnectionLost):
             self._was_lost = True
             say(_RECONNECTING)
+        elif isinstance(item, LogReplaced):
+            say(_REPLACED)
         elif self._was_lost:
             self._was_lost = False
             say(_RECONNECTED)
@@ -159,6 +164,8 @@ class LiveView(View):
         elif isinstance(item, ConnectionLost):
             self._was_lost = True
             self._console.print(Text(_RECONNECTING, style="yellow"))
+        elif isinstance(item, LogReplaced):
+            self._console.print(Text(_REPLACED, style="yellow"))
         elif self._was_lost:
             self._was_lost = False
             self._console.print(Text(_RECONNECTED, style="green"))
@@ -170,9 +177,11 @@ class LiveView(View):
         head = Text.assemble((tracker.task.display_name, "bold"), "  ", state_text(tracker.state))
         if tracker.state == TaskState.TASK_STATE_PENDING:
             head.append(f"  start it: {task_command('start', tracker.task)}", style="dim")
+        elif tracker.state == TaskState.TASK_STATE_PAUSED:
+            head.append(f"  {tracker.pause or 'it goes on once it is resumed'}", style="dim")
         elif tracker.phase:
             head.append(f"  {phase_word(tracker.phase)}")
-        elif tracker.task.queue_position and not tracker.progress.step:
+        elif tracker.task.queue_position and tracker.state == TaskState.TASK_STATE_QUEUED:
             head.append(f"  place {tracker.task.queue_position} in the queue")
         if not tracker.is_connected:
             head.append("  daemon connection lost, waiting ...", style="yellow")
@@ -193,7 +202,8 @@ class LiveView(View):
             figures.append(f"lr {progress.learning_rate:.2e}")
         if progress.tokens_per_second:
             figures.append(f"{progress.tokens_per_second:,.0f} tokens/s")
-        if progress.HasField("eta_seconds") and tracker.is_connected:
+        is_running = tracker.state == TaskState.TASK_STATE_RUNNING
+        if progress.HasField("eta_seconds") and tracker.is_connected and is_running:
             # It counts down between reports.
             left = progress.eta_seconds - (time.monotonic() - self._seen_at)
             figures.append(f"{duration_text(left)} left")
@@ -218,7 +228,10 @@ def event_line(event: Event, tracker: Tracker) -> str:
         case "state_change":
             change = event.state_change
             why = reason_word(change.end_reason)
-            return state_word(change.new_state) + (f" ({why})" if why else "")
+            line = state_word(change.new_state) + (f" ({why})" if why else "")
+            # What a run's end says comes with its summary.
+            is_paused = change.new_state == TaskState.TASK_STATE_PAUSED
+            return f"{line}: {change.message}" if is_paused and change.message else line
         case "phase_change":
             entered = event.phase_change
             line = phase_word(entered.phase) + (f": {entered.message}" if entered.message else "")

@@ -28,7 +28,7 @@ from finetuned.v1 import task_pb2 as finetuned_dot_v1_dot_task__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66inetuned/v1/event.proto\x12\x0c\x66inetuned.v1\x1a$finetuned/v1/parameter_service.proto\x1a\x1d\x66inetuned/v1/parameters.proto\x1a\x17\x66inetuned/v1/task.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd4\x05\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03run\x18\x03 \x01(\x05\x12\x31\n\x0cstate_change\x18\x04 \x01(\x0b\x32\x19.finetuned.v1.StateChangeH\x00\x12\x31\n\x0cphase_change\x18\x05 \x01(\x0b\x32\x19.finetuned.v1.PhaseChangeH\x00\x12*\n\x08progress\x18\x06 \x01(\x0b\x32\x16.finetuned.v1.ProgressH\x00\x12(\n\x07metrics\x18\x07 \x01(\x0b\x32\x15.finetuned.v1.MetricsH\x00\x12)\n\x08log_line\x18\x08 \x01(\x0b\x32\x15.finetuned.v1.LogLineH\x00\x12\x39\n\x10\x63heckpoint_saved\x18\t \x01(\x0b\x32\x1d.finetuned.v1.CheckpointSavedH\x00\x12=\n\x12\x63heckpoint_deleted\x18\n \x01(\x0b\x32\x1f.finetuned.v1.CheckpointDeletedH\x00\x12.\n\nevaluation\x18\x0b \x01(\x0b\x32\x18.finetuned.v1.EvaluationH\x00\x12&\n\x06notice\x18\x0c \x01(\x0b\x32\x14.finetuned.v1.NoticeH\x00\x12&\n\x06result\x18\r \x01(\x0b\x32\x14.finetuned.v1.ResultH\x00\x12/\n\x0btask_edited\x18\x0e \x01(\x0b\x32\x18.finetuned.v1.TaskEditedH\x00\x12\x37\n\x0f\x62\x65st_checkpoint\x18\x0f \x01(\x0b\x32\x1c.finetuned.v1.BestCheckpointH\x00\x12\x31\n\x0cprobe_report\x18\x10 \x01(\x0b\x32\x19.finetuned.v1.ProbeReportH\x00\x42\t\n\x07payload\"\xa3\x01\n\x0bStateChange\x12*\n\told_state\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12*\n\tnew_state\x18\x02 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12+\n\nend_reason\x18\x03 \x01(\x0e\x32\x17.finetuned.v1.EndReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"y\n\x0bPhaseChange\x12%\n\x05phase\x18\x01 \x01(\x0e\x32\x16.finetuned.v1.RunPhase\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_deadline_seconds\"\x88\x01\n\x07Metrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x01\x12\x31\n\x06values\x18\x03 \x03(\x0b\x32!.finetuned.v1.Metrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"6\n\x07LogLine\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0e\n\x06logger\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"P\n\x0f\x43heckpointSaved\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\"/\n\x11\x43heckpointDeleted\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"?\n\x0e\x42\x65stCheckpoint\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x11\n\teval_loss\x18\x03 \x01(\x01\"\x8e\x01\n\nEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x01\x12\x34\n\x06values\x18\x03 \x03(\x0b\x32$.finetuned.v1.Evaluation.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe6\x03\n\x0bProbeReport\x12\x19\n\x11peak_memory_bytes\x18\x01 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x02 \x01(\x03\x12\x1e\n\x16memory_available_bytes\x18\x03 \x01(\x03\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x12\x18\n\x10seconds_per_step\x18\x05 \x01(\x01\x12\x15\n\rstart_seconds\x18\x06 \x01(\x01\x12$\n\x1c\x65valuation_tokens_per_second\x18\x07 \x01(\x01\x12\x1e\n\x16seconds_per_evaluation\x18\x08 \x01(\x01\x12\x1e\n\x16seconds_per_checkpoint\x18\t \x01(\x01\x12\x18\n\x10\x63heckpoint_bytes\x18\n \x01(\x03\x12\x12\n\ndisk_bytes\x18\x0b \x01(\x03\x12\x18\n\x10\x64uration_seconds\x18\x0c \x01(\x01\x12\x11\n\trun_steps\x18\r \x01(\x03\x12\x15\n\rtrain_samples\x18\x0e \x01(\x03\x12\x14\n\x0ctrain_tokens\x18\x0f \x01(\x03\x12\x16\n\x0elongest_tokens\x18\x10 \x01(\x03\x12\x17\n\x0flongest_lengths\x18\x11 \x03(\x05\x12\x15\n\rlearned_share\x18\x12 \x01(\x01\"8\n\x06Notice\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xad\x02\n\x06Result\x12+\n\nend_reason\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.EndReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0boutput_path\x18\x04 \x01(\t\x12\x16\n\texit_code\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06signal\x18\x06 \x01(\t\x12%\n\x03\x66ix\x18\x07 \x01(\x0b\x32\x18.finetuned.v1.Parameters\x12\x0e\n\x06\x64\x65tail\x18\x08 \x01(\t\x12(\n\x08\x65vidence\x18\t \x01(\x0b\x32\x16.finetuned.v1.Evidence\x12+\n\x06\x61\x64vice\x18\n \x01(\x0b\x32\x1b.finetuned.v1.LocalizedTextB\x0c\n\n_exit_code\"\xee\x01\n\x08\x45vidence\x12\x19\n\x11last_metrics_step\x18\x01 \x01(\x03\x12=\n\x0clast_metrics\x18\x02 \x03(\x0b\x32\'.finetuned.v1.Evidence.LastMetricsEntry\x12\x11\n\tlog_lines\x18\x03 \x03(\t\x12\x14\n\x0csample_lines\x18\x04 \x03(\x03\x12\x16\n\x0esample_excerpt\x18\x05 \x01(\t\x12\x13\n\x0bsample_file\x18\x06 \x01(\t\x1a\x32\n\x10LastMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1c\n\nTaskEdited\x12\x0e\n\x06\x66ields\x18\x01 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x66inetuned/v1/event.proto\x12\x0c\x66inetuned.v1\x1a$finetuned/v1/parameter_service.proto\x1a\x1d\x66inetuned/v1/parameters.proto\x1a\x17\x66inetuned/v1/task.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\x05\n\x05\x45vent\x12\x0b\n\x03seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03run\x18\x03 \x01(\x05\x12\x31\n\x0cstate_change\x18\x04 \x01(\x0b\x32\x19.finetuned.v1.StateChangeH\x00\x12\x31\n\x0cphase_change\x18\x05 \x01(\x0b\x32\x19.finetuned.v1.PhaseChangeH\x00\x12*\n\x08progress\x18\x06 \x01(\x0b\x32\x16.finetuned.v1.ProgressH\x00\x12(\n\x07metrics\x18\x07 \x01(\x0b\x32\x15.finetuned.v1.MetricsH\x00\x12)\n\x08log_line\x18\x08 \x01(\x0b\x32\x15.finetuned.v1.LogLineH\x00\x12\x39\n\x10\x63heckpoint_saved\x18\t \x01(\x0b\x32\x1d.finetuned.v1.CheckpointSavedH\x00\x12=\n\x12\x63heckpoint_deleted\x18\n \x01(\x0b\x32\x1f.finetuned.v1.CheckpointDeletedH\x00\x12.\n\nevaluation\x18\x0b \x01(\x0b\x32\x18.finetuned.v1.EvaluationH\x00\x12&\n\x06notice\x18\x0c \x01(\x0b\x32\x14.finetuned.v1.NoticeH\x00\x12&\n\x06result\x18\r \x01(\x0b\x32\x14.finetuned.v1.ResultH\x00\x12/\n\x0btask_edited\x18\x0e \x01(\x0b\x32\x18.finetuned.v1.TaskEditedH\x00\x12\x37\n\x0f\x62\x65st_checkpoint\x18\x0f \x01(\x0b\x32\x1c.finetuned.v1.BestCheckpointH\x00\x12\x31\n\x0cprobe_report\x18\x10 \x01(\x0b\x32\x19.finetuned.v1.ProbeReportH\x00\x12\x12\n\nrequest_id\x18\x11 \x01(\tB\t\n\x07payload\"\xa3\x01\n\x0bStateChange\x12*\n\told_state\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12*\n\tnew_state\x18\x02 \x01(\x0e\x32\x17.finetuned.v1.TaskState\x12+\n\nend_reason\x18\x03 \x01(\x0e\x32\x17.finetuned.v1.EndReason\x12\x0f\n\x07message\x18\x04 \x01(\t\"y\n\x0bPhaseChange\x12%\n\x05phase\x18\x01 \x01(\x0e\x32\x16.finetuned.v1.RunPhase\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x1d\n\x10\x64\x65\x61\x64line_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_deadline_seconds\"\x88\x01\n\x07Metrics\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x01\x12\x31\n\x06values\x18\x03 \x03(\x0b\x32!.finetuned.v1.Metrics.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"6\n\x07LogLine\x12\r\n\x05level\x18\x01 \x01(\t\x12\x0e\n\x06logger\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"P\n\x0f\x43heckpointSaved\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\"/\n\x11\x43heckpointDeleted\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\"?\n\x0e\x42\x65stCheckpoint\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x11\n\teval_loss\x18\x03 \x01(\x01\"\x8e\x01\n\nEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x01\x12\x34\n\x06values\x18\x03 \x03(\x0b\x32$.finetuned.v1.Evaluation.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe6\x03\n\x0bProbeReport\x12\x19\n\x11peak_memory_bytes\x18\x01 \x01(\x03\x12\x1a\n\x12memory_total_bytes\x18\x02 \x01(\x03\x12\x1e\n\x16memory_available_bytes\x18\x03 \x01(\x03\x12\x19\n\x11tokens_per_second\x18\x04 \x01(\x01\x12\x18\n\x10seconds_per_step\x18\x05 \x01(\x01\x12\x15\n\rstart_seconds\x18\x06 \x01(\x01\x12$\n\x1c\x65valuation_tokens_per_second\x18\x07 \x01(\x01\x12\x1e\n\x16seconds_per_evaluation\x18\x08 \x01(\x01\x12\x1e\n\x16seconds_per_checkpoint\x18\t \x01(\x01\x12\x18\n\x10\x63heckpoint_bytes\x18\n \x01(\x03\x12\x12\n\ndisk_bytes\x18\x0b \x01(\x03\x12\x18\n\x10\x64uration_seconds\x18\x0c \x01(\x01\x12\x11\n\trun_steps\x18\r \x01(\x03\x12\x15\n\rtrain_samples\x18\x0e \x01(\x03\x12\x14\n\x0ctrain_tokens\x18\x0f \x01(\x03\x12\x16\n\x0elongest_tokens\x18\x10 \x01(\x03\x12\x17\n\x0flongest_lengths\x18\x11 \x03(\x05\x12\x15\n\rlearned_share\x18\x12 \x01(\x01\"8\n\x06Notice\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xad\x02\n\x06Result\x12+\n\nend_reason\x18\x01 \x01(\x0e\x32\x17.finetuned.v1.EndReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0boutput_path\x18\x04 \x01(\t\x12\x16\n\texit_code\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06signal\x18\x06 \x01(\t\x12%\n\x03\x66ix\x18\x07 \x01(\x0b\x32\x18.finetuned.v1.Parameters\x12\x0e\n\x06\x64\x65tail\x18\x08 \x01(\t\x12(\n\x08\x65vidence\x18\t \x01(\x0b\x32\x16.finetuned.v1.Evidence\x12+\n\x06\x61\x64vice\x18\n \x01(\x0b\x32\x1b.finetuned.v1.LocalizedTextB\x0c\n\n_exit_code\"\xee\x01\n\x08\x45vidence\x12\x19\n\x11last_metrics_step\x18\x01 \x01(\x03\x12=\n\x0clast_metrics\x18\x02 \x03(\x0b\x32\'.finetuned.v1.Evidence.LastMetricsEntry\x12\x11\n\tlog_lines\x18\x03 \x03(\t\x12\x14\n\x0csample_lines\x18\x04 \x03(\x03\x12\x16\n\x0esample_excerpt\x18\x05 \x01(\t\x12\x13\n\x0bsample_file\x18\x06 \x01(\t\x1a\x32\n\x10LastMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x1c\n\nTaskEdited\x12\x0e\n\x06\x66ields\x18\x01 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,37 +42,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVIDENCE_LASTMETRICSENTRY']._loaded_options = None
   _globals['_EVIDENCE_LASTMETRICSENTRY']._serialized_options = b'8\001'
   _globals['_EVENT']._serialized_start=170
-  _globals['_EVENT']._serialized_end=894
-  _globals['_STATECHANGE']._serialized_start=897
-  _globals['_STATECHANGE']._serialized_end=1060
-  _globals['_PHASECHANGE']._serialized_start=1062
-  _globals['_PHASECHANGE']._serialized_end=1183
-  _globals['_METRICS']._serialized_start=1186
-  _globals['_METRICS']._serialized_end=1322
-  _globals['_METRICS_VALUESENTRY']._serialized_start=1277
-  _globals['_METRICS_VALUESENTRY']._serialized_end=1322
-  _globals['_LOGLINE']._serialized_start=1324
-  _globals['_LOGLINE']._serialized_end=1378
-  _globals['_CHECKPOINTSAVED']._serialized_start=1380
-  _globals['_CHECKPOINTSAVED']._serialized_end=1460
-  _globals['_CHECKPOINTDELETED']._serialized_start=1462
-  _globals['_CHECKPOINTDELETED']._serialized_end=1509
-  _globals['_BESTCHECKPOINT']._serialized_start=1511
-  _globals['_BESTCHECKPOINT']._serialized_end=1574
-  _globals['_EVALUATION']._serialized_start=1577
-  _globals['_EVALUATION']._serialized_end=1719
-  _globals['_EVALUATION_VALUESENTRY']._serialized_start=1277
-  _globals['_EVALUATION_VALUESENTRY']._serialized_end=1322
-  _globals['_PROBEREPORT']._serialized_start=1722
-  _globals['_PROBEREPORT']._serialized_end=2208
-  _globals['_NOTICE']._serialized_start=2210
-  _globals['_NOTICE']._serialized_end=2266
-  _globals['_RESULT']._serialized_start=2269
-  _globals['_RESULT']._serialized_end=2570
-  _globals['_EVIDENCE']._serialized_start=2573
-  _globals['_EVIDENCE']._serialized_end=2811
-  _globals['_EVIDENCE_LASTMETRICSENTRY']._serialized_start=2761
-  _globals['_EVIDENCE_LASTMETRICSENTRY']._serialized_end=2811
-  _globals['_TASKEDITED']._serialized_start=2813
-  _globals['_TASKEDITED']._serialized_end=2841
+  _globals['_EVENT']._serialized_end=914
+  _globals['_STATECHANGE']._serialized_start=917
+  _globals['_STATECHANGE']._serialized_end=1080
+  _globals['_PHASECHANGE']._serialized_start=1082
+  _globals['_PHASECHANGE']._serialized_end=1203
+  _globals['_METRICS']._serialized_start=1206
+  _globals['_METRICS']._serialized_end=1342
+  _globals['_METRICS_VALUESENTRY']._serialized_start=1297
+  _globals['_METRICS_VALUESENTRY']._serialized_end=1342
+  _globals['_LOGLINE']._serialized_start=1344
+  _globals['_LOGLINE']._serialized_end=1398
+  _globals['_CHECKPOINTSAVED']._serialized_start=1400
+  _globals['_CHECKPOINTSAVED']._serialized_end=1480
+  _globals['_CHECKPOINTDELETED']._serialized_start=1482
+  _globals['_CHECKPOINTDELETED']._serialized_end=1529
+  _globals['_BESTCHECKPOINT']._serialized_start=1531
+  _globals['_BESTCHECKPOINT']._serialized_end=1594
+  _globals['_EVALUATION']._serialized_start=1597
+  _globals['_EVALUATION']._serialized_end=1739
+  _globals['_EVALUATION_VALUESENTRY']._serialized_start=1297
+  _globals['_EVALUATION_VALUESENTRY']._serialized_end=1342
+  _globals['_PROBEREPORT']._serialized_start=1742
+  _globals['_PROBEREPORT']._serialized_end=2228
+  _globals['_NOTICE']._serialized_start=2230
+  _globals['_NOTICE']._serialized_end=2286
+  _globals['_RESULT']._serialized_start=2289
+  _globals['_RESULT']._serialized_end=2590
+  _globals['_EVIDENCE']._serialized_start=2593
+  _globals['_EVIDENCE']._serialized_end=2831
+  _globals['_EVIDENCE_LASTMETRICSENTRY']._serialized_start=2781
+  _globals['_EVIDENCE_LASTMETRICSENTRY']._serialized_end=2831
+  _globals['_TASKEDITED']._serialized_start=2833
+  _globals['_TASKEDITED']._serialized_end=2861
 # @@protoc_insertion_point(module_scope)

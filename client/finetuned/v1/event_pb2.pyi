@@ -44,10 +44,15 @@ class Event(_message.Message):
     TASK_EDITED_FIELD_NUMBER: _builtins.int
     BEST_CHECKPOINT_FIELD_NUMBER: _builtins.int
     PROBE_REPORT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Position in the task's log: 1, 2, 3 ... without gap or repeat."""
     run: _builtins.int
     """Number of the run it belongs to; 0 for events of the task itself."""
+    request_id: _builtins.str
+    """Of what a call has caused (a state change, an edit, the phases and the result of the run that it started): the id of that call, as
+    it stands in the daemon's log. It is the call's metadata `request-id`, or the daemon's choice where there is none. Else empty.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it happened, by the clock of the process that wrote it."""
@@ -90,7 +95,7 @@ class Event(_message.Message):
 
     @_builtins.property
     def result(self) -> Global___Result:
-        """The run ended."""
+        """The run ended; or its process did for want of space, and the run is paused. The last one of a run counts."""
 
     @_builtins.property
     def task_edited(self) -> Global___TaskEdited:
@@ -123,10 +128,11 @@ class Event(_message.Message):
         task_edited: Global___TaskEdited | None = ...,
         best_checkpoint: Global___BestCheckpoint | None = ...,
         probe_report: Global___ProbeReport | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["best_checkpoint", b"best_checkpoint", "checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "probe_report", b"probe_report", "progress", b"progress", "result", b"result", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_checkpoint", b"best_checkpoint", "checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "probe_report", b"probe_report", "progress", b"progress", "result", b"result", "run", b"run", "seq", b"seq", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_checkpoint", b"best_checkpoint", "checkpoint_deleted", b"checkpoint_deleted", "checkpoint_saved", b"checkpoint_saved", "evaluation", b"evaluation", "log_line", b"log_line", "metrics", b"metrics", "notice", b"notice", "payload", b"payload", "phase_change", b"phase_change", "probe_report", b"probe_report", "progress", b"progress", "request_id", b"request_id", "result", b"result", "run", b"run", "seq", b"seq", "state_change", b"state_change", "task_edited", b"task_edited", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_change", "phase_change", "progress", "metrics", "log_line", "checkpoint_saved", "checkpoint_deleted", "evaluation", "notice", "result", "task_edited", "best_checkpoint", "probe_report"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
@@ -182,7 +188,7 @@ class PhaseChange(_message.Message):
     message: _builtins.str
     """Detail such as what is loaded. May be empty."""
     deadline_seconds: _builtins.float
-    """Seconds within which the phase must end before a stronger step follows; only while STOPPING."""
+    """Seconds within which the phase must end before a stronger step follows; only while STOPPING or PAUSING."""
     def __init__(
         self,
         *,
@@ -299,7 +305,7 @@ class CheckpointSaved(_message.Message):
     size_bytes: _builtins.int
     """Size of its files in bytes."""
     cause: _builtins.str
-    """Why it was saved: `steps`, `epoch`, `interval`, `stop`, `signal`, `end`."""
+    """Why it was saved: `steps`, `epoch`, `interval`, `stop`, `signal`, `suspend`, `end`."""
     def __init__(
         self,
         *,

@@ -108,6 +108,10 @@ class GetSystemInfoResponse(_message.Message):
     RUNNING_TASKS_FIELD_NUMBER: _builtins.int
     QUEUED_TASKS_FIELD_NUMBER: _builtins.int
     SCHEMA_VERSION_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    LAST_BACKUP_TIME_FIELD_NUMBER: _builtins.int
+    LOG_PATH_FIELD_NUMBER: _builtins.int
+    PAUSED_TASKS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the daemon, such as `0.1.0`."""
     pid: _builtins.int
@@ -130,6 +134,10 @@ class GetSystemInfoResponse(_message.Message):
     """Tasks that wait for a device."""
     schema_version: _builtins.int
     """Version of the database's schema."""
+    log_path: _builtins.str
+    """The daemon's log file. Empty: it writes none."""
+    paused_tasks: _builtins.int
+    """Tasks whose run is paused."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses it serves on, such as `unix:/run/user/1000/finetuned/finetuned.sock`."""
@@ -137,6 +145,14 @@ class GetSystemInfoResponse(_message.Message):
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it started."""
+
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Limit]:
+        """What the daemon bounds, and how much of it is in use."""
+
+    @_builtins.property
+    def last_backup_time(self) -> _timestamp_pb2.Timestamp:
+        """When the database was last backed up; absent: never."""
 
     def __init__(
         self,
@@ -154,14 +170,56 @@ class GetSystemInfoResponse(_message.Message):
         running_tasks: _builtins.int = ...,
         queued_tasks: _builtins.int = ...,
         schema_version: _builtins.int = ...,
+        limits: _abc.Iterable[Global___Limit] | None = ...,
+        last_backup_time: _timestamp_pb2.Timestamp | None = ...,
+        log_path: _builtins.str = ...,
+        paused_tasks: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_backup_time", b"last_backup_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "pid", b"pid", "platform", b"platform", "python_version", b"python_version", "queued_tasks", b"queued_tasks", "runner_python", b"runner_python", "running_tasks", b"running_tasks", "runtime_dir", b"runtime_dir", "schema_version", b"schema_version", "sqlite_version", b"sqlite_version", "start_time", b"start_time", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "last_backup_time", b"last_backup_time", "limits", b"limits", "log_path", b"log_path", "paused_tasks", b"paused_tasks", "pid", b"pid", "platform", b"platform", "python_version", b"python_version", "queued_tasks", b"queued_tasks", "runner_python", b"runner_python", "running_tasks", b"running_tasks", "runtime_dir", b"runtime_dir", "schema_version", b"schema_version", "sqlite_version", b"sqlite_version", "start_time", b"start_time", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetSystemInfoResponse: _TypeAlias = GetSystemInfoResponse  # noqa: Y015
+
+@_typing.final
+class Limit(_message.Message):
+    """A bound that the daemon holds. Beyond most of them is RESOURCE_EXHAUSTED, with `LIMIT_` and the name in capitals as its reason;
+    docs/limits.md says what is beyond each.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Stable name, such as `open_streams`."""
+    value: _builtins.int
+    """The bound; 0: none."""
+    used: _builtins.int
+    """How much of it is in use now; absent where that has no meaning, as for the length of a name."""
+    unit: _builtins.str
+    """What is counted, such as `bytes`, `calls`, `tasks`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: _builtins.int = ...,
+        used: _builtins.int | None = ...,
+        unit: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_used", b"_used", "used", b"used"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_used", b"_used", "name", b"name", "unit", b"unit", "used", b"used", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__used: _TypeAlias = _typing.Literal["used"]  # noqa: Y015
+    _WhichOneofArgType__used: _TypeAlias = _typing.Literal["_used", b"_used"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__used) -> _WhichOneofReturnType__used | None: ...
+
+Global___Limit: _TypeAlias = Limit  # noqa: Y015
 
 @_typing.final
 class ListDevicesRequest(_message.Message):
@@ -487,7 +545,7 @@ class GetQuotaResponse(_message.Message):
     used: _builtins.int
     """Checkpoints saved so far, of all tasks, deleted ones included."""
     reserved: _builtins.int
-    """Planned by runs that are QUEUED or RUNNING, and not saved yet."""
+    """Planned by runs that are QUEUED, RUNNING or PAUSED, and not saved yet."""
     def __init__(
         self,
         *,

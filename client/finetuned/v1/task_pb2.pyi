@@ -63,11 +63,13 @@ class _TaskStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskState.V
     """The latest run was stopped by somebody."""
     TASK_STATE_FAILED: _TaskState.ValueType  # 6
     """The latest run ended otherwise; `end_reason` says why."""
+    TASK_STATE_PAUSED: _TaskState.ValueType  # 7
+    """The latest run is not over: it was saved, has freed its device, and goes on where it was once it is resumed."""
 
 class TaskState(_TaskState, metaclass=_TaskStateEnumTypeWrapper):
     """Where a task stands. PENDING -> QUEUED -> RUNNING -> COMPLETED, STOPPED or FAILED, and from each of these to QUEUED again.
     From RUNNING to QUEUED at once where `extensions.retry_out_of_memory` starts the next run. A probe that has not failed leads from
-    QUEUED or RUNNING back to what was before it.
+    QUEUED or RUNNING back to what was before it. QUEUED and RUNNING lead to PAUSED, and PAUSED to QUEUED again, with the same run.
     """
 
 TASK_STATE_UNSPECIFIED: TaskState.ValueType  # 0
@@ -84,7 +86,33 @@ TASK_STATE_STOPPED: TaskState.ValueType  # 5
 """The latest run was stopped by somebody."""
 TASK_STATE_FAILED: TaskState.ValueType  # 6
 """The latest run ended otherwise; `end_reason` says why."""
+TASK_STATE_PAUSED: TaskState.ValueType  # 7
+"""The latest run is not over: it was saved, has freed its device, and goes on where it was once it is resumed."""
 Global___TaskState: _TypeAlias = TaskState  # noqa: Y015
+
+class _PauseReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PauseReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PauseReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PAUSE_REASON_UNSPECIFIED: _PauseReason.ValueType  # 0
+    """It is not."""
+    PAUSE_REASON_REQUESTED: _PauseReason.ValueType  # 1
+    """Somebody asked for it; ResumeTask lets it go on."""
+    PAUSE_REASON_DISK_FULL: _PauseReason.ValueType  # 2
+    """No space was left where it writes. It goes on by itself once there is room, or with ResumeTask."""
+
+class PauseReason(_PauseReason, metaclass=_PauseReasonEnumTypeWrapper):
+    """Why a task is paused."""
+
+PAUSE_REASON_UNSPECIFIED: PauseReason.ValueType  # 0
+"""It is not."""
+PAUSE_REASON_REQUESTED: PauseReason.ValueType  # 1
+"""Somebody asked for it; ResumeTask lets it go on."""
+PAUSE_REASON_DISK_FULL: PauseReason.ValueType  # 2
+"""No space was left where it writes. It goes on by itself once there is room, or with ResumeTask."""
+Global___PauseReason: _TypeAlias = PauseReason  # noqa: Y015
 
 class _RunPhase:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -110,6 +138,10 @@ class _RunPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunPhase.Val
     """Adapters are merged into the base model."""
     RUN_PHASE_STOPPING: _RunPhase.ValueType  # 8
     """A stop was asked for and is under way."""
+    RUN_PHASE_PAUSING: _RunPhase.ValueType  # 9
+    """A pause was asked for: a checkpoint is saved, then the device is freed."""
+    RUN_PHASE_WAITING_FOR_SPACE: _RunPhase.ValueType  # 10
+    """No space is left on the disk. It holds everything in memory, and goes on once there is room."""
 
 class RunPhase(_RunPhase, metaclass=_RunPhaseEnumTypeWrapper):
     """What a run is doing."""
@@ -132,6 +164,10 @@ RUN_PHASE_MERGING: RunPhase.ValueType  # 7
 """Adapters are merged into the base model."""
 RUN_PHASE_STOPPING: RunPhase.ValueType  # 8
 """A stop was asked for and is under way."""
+RUN_PHASE_PAUSING: RunPhase.ValueType  # 9
+"""A pause was asked for: a checkpoint is saved, then the device is freed."""
+RUN_PHASE_WAITING_FOR_SPACE: RunPhase.ValueType  # 10
+"""No space is left on the disk. It holds everything in memory, and goes on once there is room."""
 Global___RunPhase: _TypeAlias = RunPhase  # noqa: Y015
 
 class _EndReason:
@@ -155,7 +191,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_HOST_OUT_OF_MEMORY: _EndReason.ValueType  # 6
     """The machine had too little memory. FAILED."""
     END_REASON_DISK_FULL: _EndReason.ValueType  # 7
-    """No space left to write. FAILED."""
+    """No space left to write. FAILED where a stop was asked for, or it was a probe; else the task is PAUSED with this reason, and goes on once there is room."""
     END_REASON_DATASET_INVALID: _EndReason.ValueType  # 8
     """The data cannot be used. FAILED."""
     END_REASON_MODEL_UNLOADABLE: _EndReason.ValueType  # 9
@@ -174,6 +210,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The training quota is used up. STOPPED."""
     END_REASON_PROBED: _EndReason.ValueType  # 16
     """It was a probe, and has measured what it was to; nothing is trained. The run is COMPLETED."""
+    END_REASON_RUNNER_HUNG: _EndReason.ValueType  # 17
+    """The runner gave no sign of life any more, and was ended. FAILED."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """Why a run ended. Each maps to one state."""
@@ -193,7 +231,7 @@ END_REASON_DEVICE_OUT_OF_MEMORY: EndReason.ValueType  # 5
 END_REASON_HOST_OUT_OF_MEMORY: EndReason.ValueType  # 6
 """The machine had too little memory. FAILED."""
 END_REASON_DISK_FULL: EndReason.ValueType  # 7
-"""No space left to write. FAILED."""
+"""No space left to write. FAILED where a stop was asked for, or it was a probe; else the task is PAUSED with this reason, and goes on once there is room."""
 END_REASON_DATASET_INVALID: EndReason.ValueType  # 8
 """The data cannot be used. FAILED."""
 END_REASON_MODEL_UNLOADABLE: EndReason.ValueType  # 9
@@ -212,6 +250,8 @@ END_REASON_QUOTA_USED_UP: EndReason.ValueType  # 15
 """The training quota is used up. STOPPED."""
 END_REASON_PROBED: EndReason.ValueType  # 16
 """It was a probe, and has measured what it was to; nothing is trained. The run is COMPLETED."""
+END_REASON_RUNNER_HUNG: EndReason.ValueType  # 17
+"""The runner gave no sign of life any more, and was ended. FAILED."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 class _ResumeChoice:
@@ -265,6 +305,7 @@ class Task(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     TEMPLATE_FIELD_NUMBER: _builtins.int
     PROBING_FIELD_NUMBER: _builtins.int
+    PAUSE_REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tasks/{task_id}`. Set at creation, never changes."""
     display_name: _builtins.str
@@ -299,6 +340,8 @@ class Task(_message.Message):
     """
     probing: _builtins.bool
     """Output only. What is queued or runs is a probe. At its end the task is again what it was before, unless the probe has failed."""
+    pause_reason: Global___PauseReason.ValueType
+    """Output only. Why the task is paused; unspecified where it is not."""
     @_builtins.property
     def parameters(self) -> _parameters_pb2.Parameters:
         """All parameters, defaults resolved at creation. Later changes of defaults or templates do not reach the task."""
@@ -347,10 +390,11 @@ class Task(_message.Message):
         etag: _builtins.str = ...,
         template: _builtins.str = ...,
         probing: _builtins.bool = ...,
+        pause_reason: Global___PauseReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "parameters", b"parameters", "progress", b"progress", "start_time", b"start_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "display_name", b"display_name", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "etag", b"etag", "last_checkpoint", b"last_checkpoint", "last_seq", b"last_seq", "name", b"name", "parameters", b"parameters", "phase", b"phase", "probing", b"probing", "progress", b"progress", "queue_position", b"queue_position", "run", b"run", "start_time", b"start_time", "state", b"state", "template", b"template", "training_type", b"training_type", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "device", b"device", "display_name", b"display_name", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "etag", b"etag", "last_checkpoint", b"last_checkpoint", "last_seq", b"last_seq", "name", b"name", "parameters", b"parameters", "pause_reason", b"pause_reason", "phase", b"phase", "probing", b"probing", "progress", b"progress", "queue_position", b"queue_position", "run", b"run", "start_time", b"start_time", "state", b"state", "template", b"template", "training_type", b"training_type", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -419,7 +463,7 @@ Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class Run(_message.Message):
-    """One run of a task: one runner process."""
+    """One run of a task: one runner process, and after each pause another one that goes on with it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -442,12 +486,14 @@ class Run(_message.Message):
     OUTPUT_DIR_FIELD_NUMBER: _builtins.int
     RETRY_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tasks/{task_id}/runs/{number}`."""
     number: _builtins.int
     """Number within the task, from 1."""
     state: Global___TaskState.ValueType
-    """QUEUED, RUNNING, COMPLETED, STOPPED or FAILED."""
+    """QUEUED, RUNNING, PAUSED, COMPLETED, STOPPED or FAILED."""
     end_reason: Global___EndReason.ValueType
     """Why it ended; unspecified while it has not."""
     end_message: _builtins.str
@@ -470,6 +516,12 @@ class Run(_message.Message):
     """How many runs in a row `extensions.retry_out_of_memory` has started by itself, this one included; 0: somebody started it."""
     probe: _builtins.bool
     """It is a probe: three steps to measure what a run takes; see StartTaskRequest.probe."""
+    attempt: _builtins.int
+    """Number of the runner process within the run, from 1: one more after each pause. The second and later ones have a folder of
+    their own in `run_dir`, `attempt-2` and so on.
+    """
+    request_id: _builtins.str
+    """`request-id` of the call that started it; see Event.request_id. Empty: not known."""
     @_builtins.property
     def parameters(self) -> _parameters_pb2.Parameters:
         """The parameters it was started with."""
@@ -512,10 +564,12 @@ class Run(_message.Message):
         output_dir: _builtins.str = ...,
         retry: _builtins.int = ...,
         probe: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "parameters", b"parameters", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "device", b"device", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "exit_code", b"exit_code", "last_checkpoint", b"last_checkpoint", "name", b"name", "number", b"number", "output_dir", b"output_dir", "parameters", b"parameters", "pid", b"pid", "probe", b"probe", "progress", b"progress", "retry", b"retry", "run_dir", b"run_dir", "signal", b"signal", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "attempt", b"attempt", "create_time", b"create_time", "device", b"device", "end_message", b"end_message", "end_reason", b"end_reason", "end_time", b"end_time", "exit_code", b"exit_code", "last_checkpoint", b"last_checkpoint", "name", b"name", "number", b"number", "output_dir", b"output_dir", "parameters", b"parameters", "pid", b"pid", "probe", b"probe", "progress", b"progress", "request_id", b"request_id", "retry", b"retry", "run_dir", b"run_dir", "signal", b"signal", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

@@ -28,15 +28,15 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inetuned/v1/task_service.proto\x12\x0c\x66inetuned.v1\x1a\x18\x66inetuned/v1/event.proto\x1a\x17\x66inetuned/v1/task.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x01\n\x11\x43reateTaskRequest\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x17\n\x0fupdate_template\x18\x06 \x01(\x08\"6\n\x12\x43reateTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x0fGetTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"x\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\'\n\x06states\x18\x03 \x03(\x0e\x32\x17.finetuned.v1.TaskState\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\"O\n\x11ListTasksResponse\x12!\n\x05tasks\x18\x01 \x03(\x0b\x32\x12.finetuned.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x96\x01\n\x11UpdateTaskRequest\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\x0fupdate_template\x18\x03 \x01(\x08\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"6\n\x12UpdateTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"^\n\x11\x44\x65leteTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x16\n\x0e\x64\x65lete_outputs\x18\x04 \x01(\x08\"\\\n\x12\x44\x65leteTaskResponse\x12\x15\n\rdeleted_files\x18\x01 \x01(\x03\x12\x15\n\rdeleted_bytes\x18\x02 \x01(\x03\x12\x18\n\x10left_output_dirs\x18\x03 \x03(\t\"\x92\x01\n\x10StartTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12*\n\x06resume\x18\x04 \x01(\x0e\x32\x1a.finetuned.v1.ResumeChoice\x12\x13\n\x0bresume_path\x18\x05 \x01(\t\x12\r\n\x05probe\x18\x06 \x01(\x08\"5\n\x11StartTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"0\n\x0fStopTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64iscard\x18\x02 \x01(\x08\"4\n\x10StopTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"F\n\x10WatchTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\x12\x11\n\tlog_epoch\x18\x03 \x01(\t\"\x9f\x01\n\x11WatchTaskResponse\x12*\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.finetuned.v1.SnapshotH\x00\x12$\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x13.finetuned.v1.EventH\x00\x12,\n\theartbeat\x18\x03 \x01(\x0b\x32\x17.finetuned.v1.HeartbeatH\x00\x42\n\n\x08response\"?\n\x08Snapshot\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12\x11\n\tlog_epoch\x18\x02 \x01(\t\"G\n\tHeartbeat\x12\x10\n\x08last_seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x0fListRunsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x10ListRunsResponse\x12\x1f\n\x04runs\x18\x01 \x03(\x0b\x32\x11.finetuned.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"_\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06verify\x18\x04 \x01(\x08\"a\n\x17ListCheckpointsResponse\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.finetuned.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"]\n\x18\x44\x65leteCheckpointResponse\x12\x15\n\rdeleted_files\x18\x01 \x01(\x03\x12\x15\n\rdeleted_bytes\x18\x02 \x01(\x03\x12\x13\n\x0b\x66older_left\x18\x03 \x01(\x08\"V\n\x11ListEventsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x0b\n\x03run\x18\x04 \x01(\x05\"^\n\x12ListEventsResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.finetuned.v1.Event\x12\x10\n\x08last_seq\x18\x02 \x01(\x03\x12\x11\n\tlog_epoch\x18\x03 \x01(\t\"`\n\x17\x45xportTaskConfigRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\x05\x12*\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1a.finetuned.v1.ConfigFormat\"P\n\x18\x45xportTaskConfigResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x10\n\x08left_out\x18\x03 \x03(\t*_\n\x0c\x43onfigFormat\x12\x1d\n\x19\x43ONFIG_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43ONFIG_FORMAT_YAML\x10\x01\x12\x18\n\x14\x43ONFIG_FORMAT_SCRIPT\x10\x02\x32\xc1\x08\n\x0bTaskService\x12O\n\nCreateTask\x12\x1f.finetuned.v1.CreateTaskRequest\x1a .finetuned.v1.CreateTaskResponse\x12\x46\n\x07GetTask\x12\x1c.finetuned.v1.GetTaskRequest\x1a\x1d.finetuned.v1.GetTaskResponse\x12L\n\tListTasks\x12\x1e.finetuned.v1.ListTasksRequest\x1a\x1f.finetuned.v1.ListTasksResponse\x12O\n\nUpdateTask\x12\x1f.finetuned.v1.UpdateTaskRequest\x1a .finetuned.v1.UpdateTaskResponse\x12O\n\nDeleteTask\x12\x1f.finetuned.v1.DeleteTaskRequest\x1a .finetuned.v1.DeleteTaskResponse\x12L\n\tStartTask\x12\x1e.finetuned.v1.StartTaskRequest\x1a\x1f.finetuned.v1.StartTaskResponse\x12I\n\x08StopTask\x12\x1d.finetuned.v1.StopTaskRequest\x1a\x1e.finetuned.v1.StopTaskResponse\x12N\n\tWatchTask\x12\x1e.finetuned.v1.WatchTaskRequest\x1a\x1f.finetuned.v1.WatchTaskResponse0\x01\x12I\n\x08ListRuns\x12\x1d.finetuned.v1.ListRunsRequest\x1a\x1e.finetuned.v1.ListRunsResponse\x12^\n\x0fListCheckpoints\x12$.finetuned.v1.ListCheckpointsRequest\x1a%.finetuned.v1.ListCheckpointsResponse\x12\x61\n\x10\x44\x65leteCheckpoint\x12%.finetuned.v1.DeleteCheckpointRequest\x1a&.finetuned.v1.DeleteCheckpointResponse\x12O\n\nListEvents\x12\x1f.finetuned.v1.ListEventsRequest\x1a .finetuned.v1.ListEventsResponse\x12\x61\n\x10\x45xportTaskConfig\x12%.finetuned.v1.ExportTaskConfigRequest\x1a&.finetuned.v1.ExportTaskConfigResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66inetuned/v1/task_service.proto\x12\x0c\x66inetuned.v1\x1a\x18\x66inetuned/v1/event.proto\x1a\x17\x66inetuned/v1/task.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x01\n\x11\x43reateTaskRequest\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12\x0f\n\x07task_id\x18\x02 \x01(\t\x12\r\n\x05start\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x17\n\x0fupdate_template\x18\x06 \x01(\x08\"6\n\x12\x43reateTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"\x1e\n\x0eGetTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x0fGetTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"x\n\x10ListTasksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\'\n\x06states\x18\x03 \x03(\x0e\x32\x17.finetuned.v1.TaskState\x12\x14\n\x0c\x64isplay_name\x18\x04 \x01(\t\"O\n\x11ListTasksResponse\x12!\n\x05tasks\x18\x01 \x03(\x0b\x32\x12.finetuned.v1.Task\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x96\x01\n\x11UpdateTaskRequest\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x17\n\x0fupdate_template\x18\x03 \x01(\x08\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"6\n\x12UpdateTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"^\n\x11\x44\x65leteTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x16\n\x0e\x64\x65lete_outputs\x18\x04 \x01(\x08\"\\\n\x12\x44\x65leteTaskResponse\x12\x15\n\rdeleted_files\x18\x01 \x01(\x03\x12\x15\n\rdeleted_bytes\x18\x02 \x01(\x03\x12\x18\n\x10left_output_dirs\x18\x03 \x03(\t\"\x92\x01\n\x10StartTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12*\n\x06resume\x18\x04 \x01(\x0e\x32\x1a.finetuned.v1.ResumeChoice\x12\x13\n\x0bresume_path\x18\x05 \x01(\t\x12\r\n\x05probe\x18\x06 \x01(\x08\"5\n\x11StartTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"0\n\x0fStopTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64iscard\x18\x02 \x01(\x08\"4\n\x10StopTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\" \n\x10PauseTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"5\n\x11PauseTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"C\n\x11ResumeTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\"6\n\x12ResumeTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"1\n\x0fMoveTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x05\"4\n\x10MoveTaskResponse\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\"F\n\x10WatchTaskRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\x12\x11\n\tlog_epoch\x18\x03 \x01(\t\"\x9f\x01\n\x11WatchTaskResponse\x12*\n\x08snapshot\x18\x01 \x01(\x0b\x32\x16.finetuned.v1.SnapshotH\x00\x12$\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x13.finetuned.v1.EventH\x00\x12,\n\theartbeat\x18\x03 \x01(\x0b\x32\x17.finetuned.v1.HeartbeatH\x00\x42\n\n\x08response\"R\n\x08Snapshot\x12 \n\x04task\x18\x01 \x01(\x0b\x32\x12.finetuned.v1.Task\x12\x11\n\tlog_epoch\x18\x02 \x01(\t\x12\x11\n\tfirst_seq\x18\x03 \x01(\x03\"G\n\tHeartbeat\x12\x10\n\x08last_seq\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x0fListRunsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x10ListRunsResponse\x12\x1f\n\x04runs\x18\x01 \x03(\x0b\x32\x11.finetuned.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"_\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06verify\x18\x04 \x01(\x08\"a\n\x17ListCheckpointsResponse\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.finetuned.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"]\n\x18\x44\x65leteCheckpointResponse\x12\x15\n\rdeleted_files\x18\x01 \x01(\x03\x12\x15\n\rdeleted_bytes\x18\x02 \x01(\x03\x12\x13\n\x0b\x66older_left\x18\x03 \x01(\x08\"V\n\x11ListEventsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tafter_seq\x18\x02 \x01(\x03\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x0b\n\x03run\x18\x04 \x01(\x05\"q\n\x12ListEventsResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.finetuned.v1.Event\x12\x10\n\x08last_seq\x18\x02 \x01(\x03\x12\x11\n\tlog_epoch\x18\x03 \x01(\t\x12\x11\n\tfirst_seq\x18\x04 \x01(\x03\"`\n\x17\x45xportTaskConfigRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\x05\x12*\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x1a.finetuned.v1.ConfigFormat\"P\n\x18\x45xportTaskConfigResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x10\n\x08left_out\x18\x03 \x03(\t*_\n\x0c\x43onfigFormat\x12\x1d\n\x19\x43ONFIG_FORMAT_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43ONFIG_FORMAT_YAML\x10\x01\x12\x18\n\x14\x43ONFIG_FORMAT_SCRIPT\x10\x02\x32\xab\n\n\x0bTaskService\x12O\n\nCreateTask\x12\x1f.finetuned.v1.CreateTaskRequest\x1a .finetuned.v1.CreateTaskResponse\x12\x46\n\x07GetTask\x12\x1c.finetuned.v1.GetTaskRequest\x1a\x1d.finetuned.v1.GetTaskResponse\x12L\n\tListTasks\x12\x1e.finetuned.v1.ListTasksRequest\x1a\x1f.finetuned.v1.ListTasksResponse\x12O\n\nUpdateTask\x12\x1f.finetuned.v1.UpdateTaskRequest\x1a .finetuned.v1.UpdateTaskResponse\x12O\n\nDeleteTask\x12\x1f.finetuned.v1.DeleteTaskRequest\x1a .finetuned.v1.DeleteTaskResponse\x12L\n\tStartTask\x12\x1e.finetuned.v1.StartTaskRequest\x1a\x1f.finetuned.v1.StartTaskResponse\x12I\n\x08StopTask\x12\x1d.finetuned.v1.StopTaskRequest\x1a\x1e.finetuned.v1.StopTaskResponse\x12L\n\tPauseTask\x12\x1e.finetuned.v1.PauseTaskRequest\x1a\x1f.finetuned.v1.PauseTaskResponse\x12O\n\nResumeTask\x12\x1f.finetuned.v1.ResumeTaskRequest\x1a .finetuned.v1.ResumeTaskResponse\x12I\n\x08MoveTask\x12\x1d.finetuned.v1.MoveTaskRequest\x1a\x1e.finetuned.v1.MoveTaskResponse\x12N\n\tWatchTask\x12\x1e.finetuned.v1.WatchTaskRequest\x1a\x1f.finetuned.v1.WatchTaskResponse0\x01\x12I\n\x08ListRuns\x12\x1d.finetuned.v1.ListRunsRequest\x1a\x1e.finetuned.v1.ListRunsResponse\x12^\n\x0fListCheckpoints\x12$.finetuned.v1.ListCheckpointsRequest\x1a%.finetuned.v1.ListCheckpointsResponse\x12\x61\n\x10\x44\x65leteCheckpoint\x12%.finetuned.v1.DeleteCheckpointRequest\x1a&.finetuned.v1.DeleteCheckpointResponse\x12O\n\nListEvents\x12\x1f.finetuned.v1.ListEventsRequest\x1a .finetuned.v1.ListEventsResponse\x12\x61\n\x10\x45xportTaskConfig\x12%.finetuned.v1.ExportTaskConfigRequest\x1a&.finetuned.v1.ExportTaskConfigResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'finetuned.v1.task_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONFIGFORMAT']._serialized_start=2594
-  _globals['_CONFIGFORMAT']._serialized_end=2689
+  _globals['_CONFIGFORMAT']._serialized_start=2951
+  _globals['_CONFIGFORMAT']._serialized_end=3046
   _globals['_CREATETASKREQUEST']._serialized_start=168
   _globals['_CREATETASKREQUEST']._serialized_end=321
   _globals['_CREATETASKRESPONSE']._serialized_start=323
@@ -65,34 +65,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STOPTASKREQUEST']._serialized_end=1318
   _globals['_STOPTASKRESPONSE']._serialized_start=1320
   _globals['_STOPTASKRESPONSE']._serialized_end=1372
-  _globals['_WATCHTASKREQUEST']._serialized_start=1374
-  _globals['_WATCHTASKREQUEST']._serialized_end=1444
-  _globals['_WATCHTASKRESPONSE']._serialized_start=1447
-  _globals['_WATCHTASKRESPONSE']._serialized_end=1606
-  _globals['_SNAPSHOT']._serialized_start=1608
-  _globals['_SNAPSHOT']._serialized_end=1671
-  _globals['_HEARTBEAT']._serialized_start=1673
-  _globals['_HEARTBEAT']._serialized_end=1744
-  _globals['_LISTRUNSREQUEST']._serialized_start=1746
-  _globals['_LISTRUNSREQUEST']._serialized_end=1818
-  _globals['_LISTRUNSRESPONSE']._serialized_start=1820
-  _globals['_LISTRUNSRESPONSE']._serialized_end=1896
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1898
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1993
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1995
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=2092
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=2094
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=2133
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=2135
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=2228
-  _globals['_LISTEVENTSREQUEST']._serialized_start=2230
-  _globals['_LISTEVENTSREQUEST']._serialized_end=2316
-  _globals['_LISTEVENTSRESPONSE']._serialized_start=2318
-  _globals['_LISTEVENTSRESPONSE']._serialized_end=2412
-  _globals['_EXPORTTASKCONFIGREQUEST']._serialized_start=2414
-  _globals['_EXPORTTASKCONFIGREQUEST']._serialized_end=2510
-  _globals['_EXPORTTASKCONFIGRESPONSE']._serialized_start=2512
-  _globals['_EXPORTTASKCONFIGRESPONSE']._serialized_end=2592
-  _globals['_TASKSERVICE']._serialized_start=2692
-  _globals['_TASKSERVICE']._serialized_end=3781
+  _globals['_PAUSETASKREQUEST']._serialized_start=1374
+  _globals['_PAUSETASKREQUEST']._serialized_end=1406
+  _globals['_PAUSETASKRESPONSE']._serialized_start=1408
+  _globals['_PAUSETASKRESPONSE']._serialized_end=1461
+  _globals['_RESUMETASKREQUEST']._serialized_start=1463
+  _globals['_RESUMETASKREQUEST']._serialized_end=1530
+  _globals['_RESUMETASKRESPONSE']._serialized_start=1532
+  _globals['_RESUMETASKRESPONSE']._serialized_end=1586
+  _globals['_MOVETASKREQUEST']._serialized_start=1588
+  _globals['_MOVETASKREQUEST']._serialized_end=1637
+  _globals['_MOVETASKRESPONSE']._serialized_start=1639
+  _globals['_MOVETASKRESPONSE']._serialized_end=1691
+  _globals['_WATCHTASKREQUEST']._serialized_start=1693
+  _globals['_WATCHTASKREQUEST']._serialized_end=1763
+  _globals['_WATCHTASKRESPONSE']._serialized_start=1766
+  _globals['_WATCHTASKRESPONSE']._serialized_end=1925
+  _globals['_SNAPSHOT']._serialized_start=1927
+  _globals['_SNAPSHOT']._serialized_end=2009
+  _globals['_HEARTBEAT']._serialized_start=2011
+  _globals['_HEARTBEAT']._serialized_end=2082
+  _globals['_LISTRUNSREQUEST']._serialized_start=2084
+  _globals['_LISTRUNSREQUEST']._serialized_end=2156
+  _globals['_LISTRUNSRESPONSE']._serialized_start=2158
+  _globals['_LISTRUNSRESPONSE']._serialized_end=2234
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2236
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=2331
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=2333
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=2430
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=2432
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=2471
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=2473
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=2566
+  _globals['_LISTEVENTSREQUEST']._serialized_start=2568
+  _globals['_LISTEVENTSREQUEST']._serialized_end=2654
+  _globals['_LISTEVENTSRESPONSE']._serialized_start=2656
+  _globals['_LISTEVENTSRESPONSE']._serialized_end=2769
+  _globals['_EXPORTTASKCONFIGREQUEST']._serialized_start=2771
+  _globals['_EXPORTTASKCONFIGREQUEST']._serialized_end=2867
+  _globals['_EXPORTTASKCONFIGRESPONSE']._serialized_start=2869
+  _globals['_EXPORTTASKCONFIGRESPONSE']._serialized_end=2949
+  _globals['_TASKSERVICE']._serialized_start=3049
+  _globals['_TASKSERVICE']._serialized_end=4372
 # @@protoc_insertion_point(module_scope)

@@ -74,6 +74,21 @@ class TaskServiceStub(object):
                 request_serializer=finetuned_dot_v1_dot_task__service__pb2.StopTaskRequest.SerializeToString,
                 response_deserializer=finetuned_dot_v1_dot_task__service__pb2.StopTaskResponse.FromString,
                 _registered_method=True)
+        self.PauseTask = channel.unary_unary(
+                '/finetuned.v1.TaskService/PauseTask',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.PauseTaskRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.PauseTaskResponse.FromString,
+                _registered_method=True)
+        self.ResumeTask = channel.unary_unary(
+                '/finetuned.v1.TaskService/ResumeTask',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.ResumeTaskRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.ResumeTaskResponse.FromString,
+                _registered_method=True)
+        self.MoveTask = channel.unary_unary(
+                '/finetuned.v1.TaskService/MoveTask',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.MoveTaskRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.MoveTaskResponse.FromString,
+                _registered_method=True)
         self.WatchTask = channel.unary_stream(
                 '/finetuned.v1.TaskService/WatchTask',
                 request_serializer=finetuned_dot_v1_dot_task__service__pb2.WatchTaskRequest.SerializeToString,
@@ -146,7 +161,7 @@ class TaskServiceServicer(object):
         after an edit is a new run with a history.
 
         What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
-        FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
+        FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
         display name is taken. ABORTED: stale `etag`. NOT_FOUND: no such task or template. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -157,7 +172,7 @@ class TaskServiceServicer(object):
         """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
         `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
-        FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first; or with `delete_outputs` a run of another task goes on from one
+        FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED; stop it first; or with `delete_outputs` a run of another task goes on from one
         of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
         `allow_missing` is set.
         """
@@ -168,7 +183,7 @@ class TaskServiceServicer(object):
     def StartTask(self, request, context):
         """Starts a new run. It waits in the queue while its device is busy.
 
-        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, the training
+        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or PAUSED (resume it), the training
         environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
         training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
@@ -180,8 +195,41 @@ class TaskServiceServicer(object):
         """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
         run has ended: watch the task for that.
 
-        A run that does not end in time gets SIGTERM, then SIGKILL. A QUEUED task is STOPPED at once. FAILED_PRECONDITION: it is
-        neither QUEUED nor RUNNING. NOT_FOUND: no such task. Safe to repeat; a repeat never takes a wish to save back.
+        A run that does not end in time gets SIGTERM, then SIGKILL. A QUEUED or PAUSED task is STOPPED at once. FAILED_PRECONDITION: it is
+        none of QUEUED, RUNNING and PAUSED. NOT_FOUND: no such task. Safe to repeat; a repeat never takes a wish to save back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseTask(self, request, context):
+        """Asks a run to save a checkpoint and to free its device; the same run goes on later. Returns when the wish is durable, not when the
+        device is free: watch the task for PAUSED.
+
+        A QUEUED task is PAUSED at once, and keeps no place in the queue. A run that does not end in time gets SIGTERM, then SIGKILL, as
+        with StopTask, and goes on later from its newest whole checkpoint. FAILED_PRECONDITION: it is neither QUEUED nor RUNNING, is
+        stopping, or is a probe. NOT_FOUND: no such task. Safe to repeat: a task that is pausing or PAUSED stays it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTask(self, request, context):
+        """Lets a PAUSED run go on: it waits in the queue of its device, and then goes on from its newest whole checkpoint, or from the
+        start where it has saved none. Number, parameters and output folder of the run stay what they are.
+
+        INVALID_ARGUMENT names every parameter that can't be used any more, such as a file that is gone. FAILED_PRECONDITION: it is not
+        PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
+        `request_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveTask(self, request, context):
+        """Moves a QUEUED task to another place in the queue of its device. The others keep their order.
+
+        FAILED_PRECONDITION: it is not QUEUED. INVALID_ARGUMENT: `position` is below 1. NOT_FOUND: no such task. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,7 +240,8 @@ class TaskServiceServicer(object):
         happen. A quiet stream sends a heartbeat every few seconds. The stream has no end of its own: cancel it.
 
         NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
-        `log_epoch` is not this log's (the database was restored): watch again from 0. UNAVAILABLE: the daemon stops: watch again
+        `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
+        (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
         from the last `seq` that was seen; no event is missed or repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -217,7 +266,7 @@ class TaskServiceServicer(object):
     def DeleteCheckpoint(self, request, context):
         """Deletes a checkpoint: the files that its run recorded writing, and no others. No link is followed.
 
-        FAILED_PRECONDITION: the task is QUEUED or RUNNING, or an active run of another task goes on from it. NOT_FOUND: there is none
+        FAILED_PRECONDITION: the task is QUEUED, RUNNING or PAUSED, or an active run of another task goes on from it. NOT_FOUND: there is none
         of that name, which is also the answer to a repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -280,6 +329,21 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.StopTask,
                     request_deserializer=finetuned_dot_v1_dot_task__service__pb2.StopTaskRequest.FromString,
                     response_serializer=finetuned_dot_v1_dot_task__service__pb2.StopTaskResponse.SerializeToString,
+            ),
+            'PauseTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseTask,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.PauseTaskRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.PauseTaskResponse.SerializeToString,
+            ),
+            'ResumeTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTask,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.ResumeTaskRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.ResumeTaskResponse.SerializeToString,
+            ),
+            'MoveTask': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveTask,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.MoveTaskRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.MoveTaskResponse.SerializeToString,
             ),
             'WatchTask': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchTask,
@@ -506,6 +570,87 @@ class TaskService(object):
             '/finetuned.v1.TaskService/StopTask',
             finetuned_dot_v1_dot_task__service__pb2.StopTaskRequest.SerializeToString,
             finetuned_dot_v1_dot_task__service__pb2.StopTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.TaskService/PauseTask',
+            finetuned_dot_v1_dot_task__service__pb2.PauseTaskRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.PauseTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.TaskService/ResumeTask',
+            finetuned_dot_v1_dot_task__service__pb2.ResumeTaskRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.ResumeTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveTask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.TaskService/MoveTask',
+            finetuned_dot_v1_dot_task__service__pb2.MoveTaskRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.MoveTaskResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,21 +56,21 @@ class TaskServiceStub:
     after an edit is a new run with a history.
 
     What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
-    FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
+    FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
     display name is taken. ABORTED: stale `etag`. NOT_FOUND: no such task or template. Safe to repeat.
     """
     DeleteTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.DeleteTaskRequest, _task_service_pb2.DeleteTaskResponse]
     """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
     `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
-    FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first; or with `delete_outputs` a run of another task goes on from one
+    FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED; stop it first; or with `delete_outputs` a run of another task goes on from one
     of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
     `allow_missing` is set.
     """
     StartTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.StartTaskRequest, _task_service_pb2.StartTaskResponse]
     """Starts a new run. It waits in the queue while its device is busy.
 
-    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, the training
+    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or PAUSED (resume it), the training
     environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
     training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
@@ -78,15 +78,37 @@ class TaskServiceStub:
     """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
     run has ended: watch the task for that.
 
-    A run that does not end in time gets SIGTERM, then SIGKILL. A QUEUED task is STOPPED at once. FAILED_PRECONDITION: it is
-    neither QUEUED nor RUNNING. NOT_FOUND: no such task. Safe to repeat; a repeat never takes a wish to save back.
+    A run that does not end in time gets SIGTERM, then SIGKILL. A QUEUED or PAUSED task is STOPPED at once. FAILED_PRECONDITION: it is
+    none of QUEUED, RUNNING and PAUSED. NOT_FOUND: no such task. Safe to repeat; a repeat never takes a wish to save back.
+    """
+    PauseTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.PauseTaskRequest, _task_service_pb2.PauseTaskResponse]
+    """Asks a run to save a checkpoint and to free its device; the same run goes on later. Returns when the wish is durable, not when the
+    device is free: watch the task for PAUSED.
+
+    A QUEUED task is PAUSED at once, and keeps no place in the queue. A run that does not end in time gets SIGTERM, then SIGKILL, as
+    with StopTask, and goes on later from its newest whole checkpoint. FAILED_PRECONDITION: it is neither QUEUED nor RUNNING, is
+    stopping, or is a probe. NOT_FOUND: no such task. Safe to repeat: a task that is pausing or PAUSED stays it.
+    """
+    ResumeTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ResumeTaskRequest, _task_service_pb2.ResumeTaskResponse]
+    """Lets a PAUSED run go on: it waits in the queue of its device, and then goes on from its newest whole checkpoint, or from the
+    start where it has saved none. Number, parameters and output folder of the run stay what they are.
+
+    INVALID_ARGUMENT names every parameter that can't be used any more, such as a file that is gone. FAILED_PRECONDITION: it is not
+    PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
+    `request_id`.
+    """
+    MoveTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.MoveTaskRequest, _task_service_pb2.MoveTaskResponse]
+    """Moves a QUEUED task to another place in the queue of its device. The others keep their order.
+
+    FAILED_PRECONDITION: it is not QUEUED. INVALID_ARGUMENT: `position` is below 1. NOT_FOUND: no such task. Safe to repeat.
     """
     WatchTask: _grpc.UnaryStreamMultiCallable[_task_service_pb2.WatchTaskRequest, _task_service_pb2.WatchTaskResponse]
     """Streams a task's events: first a snapshot of the task, then every event after `after_seq` in order, then new ones as they
     happen. A quiet stream sends a heartbeat every few seconds. The stream has no end of its own: cancel it.
 
     NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
-    `log_epoch` is not this log's (the database was restored): watch again from 0. UNAVAILABLE: the daemon stops: watch again
+    `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
+    (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
     from the last `seq` that was seen; no event is missed or repeated.
     """
     ListRuns: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListRunsRequest, _task_service_pb2.ListRunsResponse]
@@ -98,7 +120,7 @@ class TaskServiceStub:
     DeleteCheckpoint: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.DeleteCheckpointRequest, _task_service_pb2.DeleteCheckpointResponse]
     """Deletes a checkpoint: the files that its run recorded writing, and no others. No link is followed.
 
-    FAILED_PRECONDITION: the task is QUEUED or RUNNING, or an active run of another task goes on from it. NOT_FOUND: there is none
+    FAILED_PRECONDITION: the task is QUEUED, RUNNING or PAUSED, or an active run of another task goes on from it. NOT_FOUND: there is none
     of that name, which is also the answer to a repeat.
     """
     ListEvents: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListEventsRequest, _task_service_pb2.ListEventsResponse]
@@ -141,21 +163,21 @@ class TaskServiceAsyncStub(TaskServiceStub):
     after an edit is a new run with a history.
 
     What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
-    FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
+    FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
     display name is taken. ABORTED: stale `etag`. NOT_FOUND: no such task or template. Safe to repeat.
     """
     DeleteTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.DeleteTaskRequest, _task_service_pb2.DeleteTaskResponse]  # type: ignore[assignment]
     """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
     `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
-    FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first; or with `delete_outputs` a run of another task goes on from one
+    FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED; stop it first; or with `delete_outputs` a run of another task goes on from one
     of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
     `allow_missing` is set.
     """
     StartTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.StartTaskRequest, _task_service_pb2.StartTaskResponse]  # type: ignore[assignment]
     """Starts a new run. It waits in the queue while its device is busy.
 
-    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, the training
+    INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or PAUSED (resume it), the training
     environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
     training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
@@ -163,15 +185,37 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
     run has ended: watch the task for that.
 
-    A run that does not end in time gets SIGTERM, then SIGKILL. A QUEUED task is STOPPED at once. FAILED_PRECONDITION: it is
-    neither QUEUED nor RUNNING. NOT_FOUND: no such task. Safe to repeat; a repeat never takes a wish to save back.
+    A run that does not end in time gets SIGTERM, then SIGKILL. A QUEUED or PAUSED task is STOPPED at once. FAILED_PRECONDITION: it is
+    none of QUEUED, RUNNING and PAUSED. NOT_FOUND: no such task. Safe to repeat; a repeat never takes a wish to save back.
+    """
+    PauseTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.PauseTaskRequest, _task_service_pb2.PauseTaskResponse]  # type: ignore[assignment]
+    """Asks a run to save a checkpoint and to free its device; the same run goes on later. Returns when the wish is durable, not when the
+    device is free: watch the task for PAUSED.
+
+    A QUEUED task is PAUSED at once, and keeps no place in the queue. A run that does not end in time gets SIGTERM, then SIGKILL, as
+    with StopTask, and goes on later from its newest whole checkpoint. FAILED_PRECONDITION: it is neither QUEUED nor RUNNING, is
+    stopping, or is a probe. NOT_FOUND: no such task. Safe to repeat: a task that is pausing or PAUSED stays it.
+    """
+    ResumeTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ResumeTaskRequest, _task_service_pb2.ResumeTaskResponse]  # type: ignore[assignment]
+    """Lets a PAUSED run go on: it waits in the queue of its device, and then goes on from its newest whole checkpoint, or from the
+    start where it has saved none. Number, parameters and output folder of the run stay what they are.
+
+    INVALID_ARGUMENT names every parameter that can't be used any more, such as a file that is gone. FAILED_PRECONDITION: it is not
+    PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
+    `request_id`.
+    """
+    MoveTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.MoveTaskRequest, _task_service_pb2.MoveTaskResponse]  # type: ignore[assignment]
+    """Moves a QUEUED task to another place in the queue of its device. The others keep their order.
+
+    FAILED_PRECONDITION: it is not QUEUED. INVALID_ARGUMENT: `position` is below 1. NOT_FOUND: no such task. Safe to repeat.
     """
     WatchTask: _aio.UnaryStreamMultiCallable[_task_service_pb2.WatchTaskRequest, _task_service_pb2.WatchTaskResponse]  # type: ignore[assignment]
     """Streams a task's events: first a snapshot of the task, then every event after `after_seq` in order, then new ones as they
     happen. A quiet stream sends a heartbeat every few seconds. The stream has no end of its own: cancel it.
 
     NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
-    `log_epoch` is not this log's (the database was restored): watch again from 0. UNAVAILABLE: the daemon stops: watch again
+    `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
+    (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
     from the last `seq` that was seen; no event is missed or repeated.
     """
     ListRuns: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListRunsRequest, _task_service_pb2.ListRunsResponse]  # type: ignore[assignment]
@@ -183,7 +227,7 @@ class TaskServiceAsyncStub(TaskServiceStub):
     DeleteCheckpoint: _aio.UnaryUnaryMultiCallable[_task_service_pb2.DeleteCheckpointRequest, _task_service_pb2.DeleteCheckpointResponse]  # type: ignore[assignment]
     """Deletes a checkpoint: the files that its run recorded writing, and no others. No link is followed.
 
-    FAILED_PRECONDITION: the task is QUEUED or RUNNING, or an active run of another task goes on from it. NOT_FOUND: there is none
+    FAILED_PRECONDITION: the task is QUEUED, RUNNING or PAUSED, or an active run of another task goes on from it. NOT_FOUND: there is none
     of that name, which is also the answer to a repeat.
     """
     ListEvents: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListEventsRequest, _task_service_pb2.ListEventsResponse]  # type: ignore[assignment]
@@ -247,7 +291,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         after an edit is a new run with a history.
 
         What is given is checked as in CreateTask. INVALID_ARGUMENT names every wrong field, and nothing is written.
-        FAILED_PRECONDITION: it is QUEUED or RUNNING, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
+        FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED, or `update_template` without a custom template of its type. ALREADY_EXISTS: the
         display name is taken. ABORTED: stale `etag`. NOT_FOUND: no such task or template. Safe to repeat.
         """
 
@@ -260,7 +304,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
         `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
 
-        FAILED_PRECONDITION: it is QUEUED or RUNNING; stop it first; or with `delete_outputs` a run of another task goes on from one
+        FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED; stop it first; or with `delete_outputs` a run of another task goes on from one
         of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
         `allow_missing` is set.
         """
@@ -273,7 +317,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_service_pb2.StartTaskResponse, _abc.Awaitable[_task_service_pb2.StartTaskResponse]]:
         """Starts a new run. It waits in the queue while its device is busy.
 
-        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, the training
+        INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or PAUSED (resume it), the training
         environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
         training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
@@ -287,8 +331,47 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
         run has ended: watch the task for that.
 
-        A run that does not end in time gets SIGTERM, then SIGKILL. A QUEUED task is STOPPED at once. FAILED_PRECONDITION: it is
-        neither QUEUED nor RUNNING. NOT_FOUND: no such task. Safe to repeat; a repeat never takes a wish to save back.
+        A run that does not end in time gets SIGTERM, then SIGKILL. A QUEUED or PAUSED task is STOPPED at once. FAILED_PRECONDITION: it is
+        none of QUEUED, RUNNING and PAUSED. NOT_FOUND: no such task. Safe to repeat; a repeat never takes a wish to save back.
+        """
+
+    @_abc_1.abstractmethod
+    def PauseTask(
+        self,
+        request: _task_service_pb2.PauseTaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.PauseTaskResponse, _abc.Awaitable[_task_service_pb2.PauseTaskResponse]]:
+        """Asks a run to save a checkpoint and to free its device; the same run goes on later. Returns when the wish is durable, not when the
+        device is free: watch the task for PAUSED.
+
+        A QUEUED task is PAUSED at once, and keeps no place in the queue. A run that does not end in time gets SIGTERM, then SIGKILL, as
+        with StopTask, and goes on later from its newest whole checkpoint. FAILED_PRECONDITION: it is neither QUEUED nor RUNNING, is
+        stopping, or is a probe. NOT_FOUND: no such task. Safe to repeat: a task that is pausing or PAUSED stays it.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeTask(
+        self,
+        request: _task_service_pb2.ResumeTaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.ResumeTaskResponse, _abc.Awaitable[_task_service_pb2.ResumeTaskResponse]]:
+        """Lets a PAUSED run go on: it waits in the queue of its device, and then goes on from its newest whole checkpoint, or from the
+        start where it has saved none. Number, parameters and output folder of the run stay what they are.
+
+        INVALID_ARGUMENT names every parameter that can't be used any more, such as a file that is gone. FAILED_PRECONDITION: it is not
+        PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
+        `request_id`.
+        """
+
+    @_abc_1.abstractmethod
+    def MoveTask(
+        self,
+        request: _task_service_pb2.MoveTaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.MoveTaskResponse, _abc.Awaitable[_task_service_pb2.MoveTaskResponse]]:
+        """Moves a QUEUED task to another place in the queue of its device. The others keep their order.
+
+        FAILED_PRECONDITION: it is not QUEUED. INVALID_ARGUMENT: `position` is below 1. NOT_FOUND: no such task. Safe to repeat.
         """
 
     @_abc_1.abstractmethod
@@ -301,7 +384,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         happen. A quiet stream sends a heartbeat every few seconds. The stream has no end of its own: cancel it.
 
         NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
-        `log_epoch` is not this log's (the database was restored): watch again from 0. UNAVAILABLE: the daemon stops: watch again
+        `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
+        (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
         from the last `seq` that was seen; no event is missed or repeated.
         """
 
@@ -331,7 +415,7 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_task_service_pb2.DeleteCheckpointResponse, _abc.Awaitable[_task_service_pb2.DeleteCheckpointResponse]]:
         """Deletes a checkpoint: the files that its run recorded writing, and no others. No link is followed.
 
-        FAILED_PRECONDITION: the task is QUEUED or RUNNING, or an active run of another task goes on from it. NOT_FOUND: there is none
+        FAILED_PRECONDITION: the task is QUEUED, RUNNING or PAUSED, or an active run of another task goes on from it. NOT_FOUND: there is none
         of that name, which is also the answer to a repeat.
         """
 

@@ -10,10 +10,12 @@ Files are streamed: memory holds one record, or the one document of a `.txt` fil
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from finetuned_daemon.dataset.formats import (
     to_chat,
     to_document,
 )
+from finetuned_daemon.json_file import check_extent
 from finetuned_daemon.texts import NOTHING, Text
 
 LARGEST_RECORD = 64 << 20
@@ -88,8 +91,13 @@ class _AsOpened(io.FileIO):
     """A file as long as it was when it was opened: one that grows is read to there."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._end = os.fstat(self.fileno()).st_size
+        # A pipe that took the file's place would be waited for, and a device never ends.
+        super().__init__(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        status = os.fstat(self.fileno())
+        self._end = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise OSError(errno.EINVAL, "is no ordinary file", str(path))
 
     def readinto(self, buffer: Any, /) -> int:
         """Reads no further than to the end as it was."""
@@ -191,12 +199,13 @@ def _parse(raw: _Raw) -> Record:
     if raw.flaw is not NOTHING:
         raise BadRecord("NOT_JSON", raw.flaw)
     try:
+        check_extent(raw.data)
         value: object = json.loads(raw.data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRecord("NOT_UTF8", _not_utf8(error.reason, error.start)) from None
     except json.JSONDecodeError as error:
         raise BadRecord("NOT_JSON", _not_json(raw, error)) from None
-    except (RecursionError, ValueError) as error:  # too deep; a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # too deep, too many values
         raise BadRecord("NOT_JSON", Text(f"not JSON ({error})", f"不是 JSON（{error}）")) from None
     if not isinstance(value, dict):
         raise BadRecord("NOT_AN_OBJECT", Text("not a JSON object", "不是 JSON 对象"))

@@ -29,9 +29,10 @@ from finetuned_daemon.dataset.report import (
     Progress,
     Report,
 )
-from finetuned_daemon.errors import InvalidRequest, Stopping, TooMany, Violation, WrongState
+from finetuned_daemon.errors import InvalidRequest, Stopping, Violation, WrongState
+from finetuned_daemon.limits import Limits
+from finetuned_daemon.validation.paths import own_folders
 
-_MOST_AT_ONCE = 2
 _REMEMBERED = 64
 _LONGEST_LINE = 32 << 20
 _LAST_WORDS = 8192
@@ -69,18 +70,25 @@ class Worker:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.own_folders = own_folders(config.paths)
+        self._limits = Limits(config.limits)
         self._asked = 0
         self._processes: set[Process] = set()
         self._measured: OrderedDict[_Key, Measured] = OrderedDict()
         self._shared: dict[_Key, _Shared] = {}
         self._is_closed = False
 
+    @property
+    def asked(self) -> int:
+        """Questions that are being answered."""
+        return self._asked
+
     async def measure(self, request: MeasureRequest) -> Measured:
         """The samples that a run would train on.
 
         Raises:
             InvalidRequest: A file holds no samples or bad lines, or the tokenizer can't read them.
-            TooMany: Two questions are being answered.
+            LimitReached: Two questions are being answered.
             WrongState: The training environment can't answer.
             Stopping: The daemon ends.
         """
@@ -117,7 +125,7 @@ class Worker:
 
         Raises:
             InvalidRequest: The file can't be read.
-            TooMany: Two questions are being answered.
+            LimitReached: Two questions are being answered.
             WrongState: The training environment can't answer.
             Stopping: The daemon ends.
         """
@@ -143,10 +151,7 @@ class Worker:
         """Answers as they come; the last one is a report or a measurement."""
         if self._is_closed:
             raise Stopping
-        if self._asked >= _MOST_AT_ONCE:
-            raise TooMany(
-                f"{_MOST_AT_ONCE} data files are being read already; ask again when one is done"
-            )
+        self._limits.check("data_questions", self._asked)
         self._asked += 1
         try:
             process = await self._start()

@@ -18,7 +18,7 @@ from finetuned_daemon.runs.contract import (
     Result,
     RunPhase,
 )
-from finetuned_daemon.tasks import TaskState
+from finetuned_daemon.tasks import PauseReason, TaskState
 from finetuned_daemon.texts import NOTHING
 
 
@@ -116,3 +116,8 @@ def phase_value(phase: RunPhase | None) -> task_pb2.RunPhase.ValueType:
 def end_reason_value(reason: EndReason | None) -> task_pb2.EndReason.ValueType:
     """The proto value of an end reason; None: unspecified."""
     return task_pb2.EndReason.Value(f"END_REASON_{reason.value if reason else 'UNSPECIFIED'}")
+
+
+def pause_reason_value(reason: PauseReason | None) -> task_pb2.PauseReason.ValueType:
+    """The proto value of a pause's reason; None: unspecified."""
+    return task_pb2.PauseReason.Value(f"PAUSE_REASON_{reason.value if reason else 'UNSPECIFIED'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetuned_daemon.json_file import read_json_file
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.model_files import (
     ADAPTER_CONFIG,
@@ -192,7 +192,7 @@ def _settings(parameters: Parameters) -> _Settings:
 
 def _read(file: Path) -> _Settings:
     try:
-        values = json.loads(file.read_bytes())
+        values = read_json_file(file)
         if not isinstance(values, dict):
             raise TypeError("it is no JSON object")
         settings = _Settings(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetuned_daemon.json_file import NotJson, parse_json
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.model_files import DTYPE_BITS, ModelFiles
 from finetuned_daemon.planning.schedule import Schedule
@@ -193,9 +194,9 @@ def saved_tokenizer_bytes(folder: Path) -> int:
 def _count_entries(text: bytes) -> tuple[int, int]:
     """Words and merges of a tokenizer.json; none where it is damaged, which a check says."""
     try:
-        model = json.loads(text)["model"]
+        model = parse_json(text)["model"]
         return len(model["vocab"]), len(model.get("merges") or ())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (NotJson, KeyError, TypeError, AttributeError):
         return 0, 0
 
 

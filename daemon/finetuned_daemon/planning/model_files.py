@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import threading
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from finetuned_daemon.json_file import NotJson, parse_json, read_json_file
 from finetuned_daemon.texts import Text
 
 WEIGHTS = "model.safetensors"
@@ -22,8 +22,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 _LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
-_LARGEST_JSON = 64 << 20
-"""Bytes of config.json or an index."""
 _REMEMBERED = 32
 """Models; one of 100 shards and 10,000 tensors takes some megabytes."""
 
@@ -216,12 +214,12 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER):
             raise _damaged(file)
         try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError):
+            header = parse_json(stream.read(length))
+        except NotJson:
             raise _damaged(file) from None
     if not isinstance(header, dict):
         raise _damaged(file)
-    end = 0
+    places = list[tuple[int, int]]()
     tensors: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -230,7 +228,12 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         if tensor is None or offsets[1] - offsets[0] != tensor.size_bytes:
             raise _damaged(file)
         tensors[name] = tensor
-        end = max(end, offsets[1])
+        places.append((offsets[0], offsets[1]))
+    end = 0
+    for start, stop in sorted(places):
+        if start != end:  # in the midst of another's values, or behind a hole
+            raise _damaged(file)
+        end = stop
     if size != 8 + length + end:
         sentence = Text(
             f"{file.name} is not whole: it has {size} bytes and should have {8 + length + end}; "
@@ -322,14 +325,13 @@ def _files(path: Path, whole: str, index: str) -> list[Path]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        if file.stat().st_size <= _LARGEST_JSON:
-            found = json.loads(file.read_bytes())
-            if isinstance(found, dict):
-                return found
+        found = read_json_file(file)
+        if isinstance(found, dict):
+            return found
     except FileNotFoundError:
         sentence = Text(f"{file.parent} has no {file.name}", f"{file.parent} 中没有 {file.name}")
         raise ModelUnreadable(sentence) from None
-    except (ValueError, RecursionError):
+    except NotJson:
         pass  # said below
     raise ModelUnreadable(
         Text(f"{file.name} is no JSON object", f"{file.name} 不是 JSON 对象")

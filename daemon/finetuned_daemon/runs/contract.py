@@ -6,6 +6,11 @@
     console.log    runner's stdout and stderr
     control.json   daemon, replaced whole     what is wished of the run
     result.json    runner, last thing         how it ended; absent and process gone: it was killed
+    heartbeat      runner, touched            every few seconds: it is alive
+
+A run that was paused goes on in a folder of the same kind, `attempt-2` in its run folder, then
+`attempt-3`. What the daemon writes for itself, so that run folders alone can rebuild the database,
+stands in `aside.py`.
 
 Either side can die at any instant, and nothing has to be guessed afterwards. Payload models have
 the names and fields of the messages in `finetuned/v1/event.proto` (a test compares), so that the
@@ -36,6 +41,10 @@ EVENTS = "events.jsonl"
 CONSOLE = "console.log"
 CONTROL = "control.json"
 RESULT = "result.json"
+HEARTBEAT = "heartbeat"
+
+HEARTBEAT_SECONDS = 5.0
+"""How often a runner touches its `heartbeat`."""
 
 
 class TrainingType(StrEnum):
@@ -56,6 +65,8 @@ class RunPhase(StrEnum):
     SAVING = "SAVING"
     MERGING = "MERGING"
     STOPPING = "STOPPING"
+    PAUSING = "PAUSING"
+    WAITING_FOR_SPACE = "WAITING_FOR_SPACE"
 
 
 class EndReason(StrEnum):
@@ -80,6 +91,7 @@ class EndReason(StrEnum):
     INTERRUPTED = "INTERRUPTED"
     QUOTA_USED_UP = "QUOTA_USED_UP"
     PROBED = "PROBED"
+    RUNNER_HUNG = "RUNNER_HUNG"
 
 
 class _Record(BaseModel):
@@ -118,6 +130,18 @@ class Spec(_Record):
     """Folder where tokens of training data are kept for the next run; empty: the run folder."""
     probe: bool = False
     """Only measure what a run takes. The daemon removes the output folder then."""
+    attempt: int = 1
+    """Number of the process within the run: one more after each pause.
+
+    A later one finds in `output_dir` what the earlier ones have saved, and goes on from
+    `data.resume_from_checkpoint`, where that is given.
+    """
+    run_parameters: Parameters | None = None
+    """The run's own parameters, where a pause has changed from where this process goes on."""
+    disk_wait_seconds: float = 0.0
+    """How long it waits for room on a full disk, with all in memory, before it ends."""
+    request_id: str = ""
+    """The call that started it, for logs."""
     parameters: Parameters
 
 
@@ -134,6 +158,8 @@ class Control(_Record):
     stop: StopWish | None = None
     checkpoint_quota: int | None = None
     """As in `Spec`, where it has changed since."""
+    save: int = 0
+    """Each time that this grows, a checkpoint is wished for now: the machine will be suspended."""
 
 
 FixValue = bool | int | float | str | tuple[str, ...]
@@ -266,7 +292,7 @@ class CheckpointSaved(_Record):
     path: str
     step: int
     size_bytes: int = 0
-    cause: Literal["steps", "epoch", "interval", "stop", "signal", "end"] = "steps"
+    cause: Literal["steps", "epoch", "interval", "stop", "signal", "suspend", "end"] = "steps"
 
 
 class CheckpointDeleted(_Record):
@@ -356,7 +382,7 @@ KINDS: dict[type[BaseModel], str] = {model: kind for kind, model in PAYLOADS.ite
 class EventLine(_Record):
     """One line of `events.jsonl`."""
 
-    seq: Annotated[int, Field(ge=1)]
+    seq: Annotated[int, Field(ge=1, lt=1 << 53)]
     """Position in this file: 1, 2, 3 ... without gap."""
     time: float
     """Seconds since the epoch, by the runner's clock."""
@@ -410,6 +436,17 @@ def sync_dir(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_dirs(path: Path, mode: int = 0o777) -> None:
+    """Makes a folder and the parents that are missing, all of them durably.
+
+    `mode` is that of the folder itself, less the umask, as of `Path.mkdir`.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync_dir(folder.parent)
 
 
 def write_record(path: Path, record: BaseModel) -> None:

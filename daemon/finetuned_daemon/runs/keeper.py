@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from finetuned.v1 import event_pb2
+from finetuned_daemon import logs
 from finetuned_daemon.devices import list_devices
 from finetuned_daemon.events import build
 from finetuned_daemon.events.log import EventLog
 from finetuned_daemon.explain import EVENTS_LOOKED_AT, Explainer
 from finetuned_daemon.measurements import Measurement, device_key, model_key
 from finetuned_daemon.planning.model_files import ModelUnreadable, base_folder
+from finetuned_daemon.runs import reports
+from finetuned_daemon.runs.aside import write_ended
 from finetuned_daemon.runs.bundle import Bundle
 from finetuned_daemon.runs.contract import (
     CheckpointDeleted,
@@ -42,7 +43,16 @@ from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.ledger import Ledger
 from finetuned_daemon.store.measurement_rows import MeasurementRows
 from finetuned_daemon.store.records import Records
-from finetuned_daemon.tasks import ENDS, Run, Standing, Task, TaskState, check_transition, now_us
+from finetuned_daemon.tasks import (
+    ENDS,
+    PauseReason,
+    Run,
+    Standing,
+    Task,
+    TaskState,
+    check_transition,
+    now_us,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +96,9 @@ class Keeper:
         with self._database.transaction(durable=True) as connection:
             if not task.key:
                 task = self._records.insert_task(connection, task)
-            run = replace(run, task_key=task.key, create_time=now)
+            self._records.check_room(run)
+            place = self._records.next_place(connection)
+            run = replace(run, task_key=task.key, create_time=now, place=place)
             run = self._records.insert_run(connection, run)
             events = [build.state_change(now, run.number, task.state, TaskState.QUEUED)]
             events += [build.reported(now, run.number, notice) for notice in notices]
@@ -107,7 +119,9 @@ class Keeper:
     def starting(self, run: Run) -> Run:
         """Records the intent to start, before the process exists."""
         now = now_us()
-        run = replace(run, state=TaskState.RUNNING, start_time=now)
+        # After a pause it is the same run that goes on.
+        start_time = run.start_time or now
+        run = replace(run, state=TaskState.RUNNING, start_time=start_time, starts=1)
         self._change(
             run,
             [
@@ -116,9 +130,23 @@ class Keeper:
             ],
             state=TaskState.RUNNING,
             phase=RunPhase.STARTING,
-            start_time=now,
+            start_time=start_time,
         )
         return run
+
+    def restarting(self, run: Run, notice: Notice) -> Run:
+        """Records the intent to start a process once more that had not begun, and says so.
+
+        Its events are to be read from the beginning of a new file: nothing but that it was starting
+        stood in the old one.
+        """
+        run = replace(run, identity=None, ingested_bytes=0, ingested_seq=0, starts=run.starts + 1)
+        self.notice(run, notice)
+        return run
+
+    def notice(self, run: Run, notice: Notice) -> None:
+        """Tells the watchers of a run something that the runner can't tell itself."""
+        self._change(run, [build.reported(now_us(), run.number, notice)])
 
     def started(self, run: Run, identity: ProcessIdentity) -> Run:
         """Records the process of a run."""
@@ -130,12 +158,13 @@ class Keeper:
     def stopping(self, run: Run, stop: StopWish, deadline_seconds: float) -> Run:
         """Records a wish to stop, durably, before anybody acts on it.
 
-        A wish to save is never taken back.
+        A wish to save is never taken back. A stop wins over a pause.
         """
-        if run.stop is StopWish.SAVE or run.stop is stop:
+        if run.pause is None and (run.stop is StopWish.SAVE or run.stop is stop):
             return run
         now = now_us()
-        run = replace(run, stop=stop, stop_time=run.stop_time or now)
+        stop = StopWish.SAVE if run.stop is StopWish.SAVE else stop
+        run = replace(run, stop=stop, stop_time=run.stop_time or now, pause=None)
         phase = PhaseChange(
             phase=RunPhase.STOPPING,
             message="a stop was asked for; a checkpoint is saved"
@@ -144,7 +173,32 @@ class Keeper:
             deadline_seconds=deadline_seconds,
         )
         self._change(
-            run, [build.reported(now, run.number, phase)], phase=RunPhase.STOPPING, update_time=now
+            run,
+            [build.reported(now, run.number, phase)],
+            caused_by=logs.request_id(),
+            phase=RunPhase.STOPPING,
+            update_time=now,
+        )
+        return run
+
+    def pausing(self, run: Run, deadline_seconds: float) -> Run:
+        """Records a wish to pause, durably, before anybody acts on it.
+
+        The runner is told to save and stop, and knows nothing of pauses.
+        """
+        now = now_us()
+        run = replace(run, pause=PauseReason.REQUESTED, stop=StopWish.SAVE, stop_time=now)
+        phase = PhaseChange(
+            phase=RunPhase.PAUSING,
+            message="a pause was asked for; a checkpoint is saved",
+            deadline_seconds=deadline_seconds,
+        )
+        self._change(
+            run,
+            [build.reported(now, run.number, phase)],
+            caused_by=logs.request_id(),
+            phase=RunPhase.PAUSING,
+            update_time=now,
         )
         return run
 
@@ -162,20 +216,31 @@ class Keeper:
         saved = list[CheckpointSaved]()
         measured = None
         seq = run.ingested_seq
+        repeated = 0
+        if new.was_cut:
+            events.append(self._remark(run, "its event file was cut, and is read anew"))
         if new.garbled:
             events.append(self._remark(run, f"{new.garbled} unreadable lines in its event file"))
-        for line in new.lines:
+        ahead = reports.Ahead(new.lines)
+        for number, line in enumerate(new.lines):
+            if line.seq <= seq:  # taken over already
+                repeated += 1
+                continue
+            if ahead.is_out_of_place(number, seq):
+                events.append(self._remark(run, f"event {line.seq} does not follow event {seq}"))
+                continue
             if line.seq != seq + 1:
                 events.append(self._remark(run, f"events {seq + 1} to {line.seq - 1} are missing"))
-            seq = max(seq, line.seq)
+            seq = line.seq
             try:
-                payload = line.parse()
-            except ValidationError as error:
+                read = reports.read(line, run)
+            except reports.Unreadable as error:
                 events.append(self._remark(run, f"event {line.seq} can't be read: {error}"))
                 continue
-            if payload is None:
+            if read is None:
                 events.append(self._remark(run, f"unknown event {line.kind!r}"))
                 continue
+            payload, event = read
             if isinstance(payload, PhaseChange) and payload.phase is RunPhase.STARTING:
                 continue  # said already, when the process was about to start
             if isinstance(payload, CheckpointSaved):
@@ -183,8 +248,10 @@ class Keeper:
             if isinstance(payload, ProbeReport):
                 measured = self._measurement(run, payload)
             durable |= isinstance(payload, PhaseChange | CheckpointSaved | CheckpointDeleted)
-            events.append(build.reported(int(line.time * 1e6), run.number, payload))
+            events.append(event)
             changes |= _changes(payload, run)
+        if repeated and not new.was_cut:
+            events.append(self._remark(run, f"{repeated} events were written twice"))
         run = replace(
             run,
             ingested_bytes=new.end,
@@ -196,8 +263,10 @@ class Keeper:
         self._change(run, events, durable=durable, saved=saved, measured=measured, **changes)
         return run, new.more
 
-    def ended(self, run: Run, outcome: Result, exit_: Exit) -> Run:
+    def ended(self, run: Run, outcome: Result, exit_: Exit, caused_by: str | None = None) -> Run:
         """Records the end of a run, and queues its retry where the policy starts one.
+
+        `caused_by` is a call's id; None: that of the call that started the run.
 
         One transaction for both: a crash between them would forget the retry. After a probe that
         has not failed the task is what it was before.
@@ -228,6 +297,7 @@ class Keeper:
             end_time=now,
             exit_code=exit_.code,
             signal=exit_.signal,
+            pause=None,
         )
         retry = explanation.retry
         if retry is not None:
@@ -237,6 +307,7 @@ class Keeper:
             if explanation.notice is not None:
                 events.insert(1, build.reported(now, retry.number, explanation.notice))
             self._change(run, events, new_run=retry, **_queued(retry))
+            write_ended(run, events)
             return run
         event = build.state_change(
             now,
@@ -254,8 +325,150 @@ class Keeper:
         }
         if before is not None:
             shown = before.shown()
-        self._change(run, [result, event], **shown, phase=None, before_probe=None)
+        self._change(
+            run,
+            [result, event],
+            caused_by=caused_by,
+            **shown,
+            phase=None,
+            before_probe=None,
+            pause_reason=None,
+        )
+        write_ended(run, [result, event])
         return run
+
+    def paused(
+        self,
+        run: Run,
+        outcome: Result,
+        exit_: Exit,
+        reason: PauseReason,
+        caused_by: str | None = None,
+    ) -> Run:
+        """Records that a run is paused. Its log has no end; a full disk is explained there.
+
+        `caused_by` as for `ended`.
+        """
+        check_transition(run.state, TaskState.PAUSED)
+        now = now_us()
+        task = self.task_of(run)
+        is_full = outcome.end_reason is EndReason.DISK_FULL
+        end_reason, message = (outcome.end_reason, outcome.message) if is_full else (None, "")
+        events = [
+            build.state_change(
+                now,
+                run.number,
+                run.state,
+                TaskState.PAUSED,
+                end_reason=end_reason,
+                message=outcome.message,
+            )
+        ]
+        if is_full:
+            explanation = self._explainer.explain(
+                run, task, outcome, exit_, lambda: self._last_events(task, run)
+            )
+            result = build.result(
+                now,
+                run.number,
+                outcome,
+                exit_code=exit_.code,
+                signal=exit_.signal,
+                explanation=explanation,
+            )
+            events.insert(0, result)
+        run = replace(
+            run,
+            state=TaskState.PAUSED,
+            pause=reason,
+            stop=None,
+            stop_time=0,
+            end_reason=end_reason,
+            end_message=message,
+            exit_code=exit_.code,
+            signal=exit_.signal,
+        )
+        self._change(
+            run,
+            events,
+            caused_by=caused_by,
+            state=TaskState.PAUSED,
+            phase=None,
+            pause_reason=reason,
+            end_reason=end_reason,
+            end_message=message,
+        )
+        write_ended(run, events)
+        return run
+
+    def stays_paused(self, run: Run) -> Run:
+        """Records that a run that waits for room does not go on by itself."""
+        notice = Notice(
+            reason="PAUSED_ON_REQUEST",
+            message="A pause was asked for: it does not go on by itself once there is room.",
+        )
+        run = replace(run, pause=PauseReason.REQUESTED)
+        event = build.reported(now_us(), run.number, notice)
+        self._change(run, [event], caused_by=logs.request_id(), pause_reason=PauseReason.REQUESTED)
+        return run
+
+    def resumed(
+        self,
+        run: Run,
+        also: Callable[[sqlite3.Connection, Task], None] | None = None,
+        notices: Sequence[Notice] = (),
+    ) -> tuple[Task, Run]:
+        """Puts a paused run back into the queue, behind the others, for its next process.
+
+        One that never had a process gets its first. What clients saw of its progress stays.
+        """
+        check_transition(run.state, TaskState.QUEUED)
+        now = now_us()
+        has_begun = run.identity is not None
+        run = replace(
+            run,
+            state=TaskState.QUEUED,
+            attempt=run.attempt + has_begun,
+            starts=0,
+            pause=None,
+            end_reason=None,
+            end_message="",
+            identity=None,
+            exit_code=None,
+            signal="",
+            ingested_bytes=0,
+            ingested_seq=0,
+        )
+        events = [build.state_change(now, run.number, TaskState.PAUSED, TaskState.QUEUED)]
+        events += [build.reported(now, run.number, notice) for notice in notices]
+        with self._database.transaction(durable=True) as connection:
+            self._records.check_room(run)
+            run = replace(run, place=self._records.next_place(connection))
+            self._records.save_run(connection, run)
+            task = self.task_of(run)
+            task = replace(
+                task,
+                state=TaskState.QUEUED,
+                pause_reason=None,
+                end_reason=None,
+                end_message="",
+                update_time=now,
+                revision=task.revision + 1,
+            )
+            self._records.save_task(connection, task)
+            task = replace(task, last_seq=self._events.append(connection, task.key, events))
+            if also is not None:
+                also(connection, task)
+        return task, run
+
+    def moved(self, run: Run, runs: Sequence[Run]) -> None:
+        """Records new places in the queue; `run` is the one that somebody moved."""
+        with self._database.transaction(durable=True) as connection:
+            for other in runs:
+                self._records.save_run(connection, other)
+            task = self.task_of(run)
+            task = replace(task, update_time=now_us(), revision=task.revision + 1)
+            self._records.save_task(connection, task)
 
     def _measurement(self, run: Run, report: ProbeReport) -> Measurement | None:
         """What a probe's report is to later estimates; None where it can't be told what of."""
@@ -281,15 +494,35 @@ class Keeper:
         return self._events.read(task.key, after, EVENTS_LOOKED_AT, run.number)
 
     def dequeued(self, run: Run, stop: StopWish) -> Run:
-        """Ends a run that never began."""
+        """Ends a run that has no process: it is queued, or paused."""
+        where = "in the queue" if run.state is TaskState.QUEUED else "while it was paused"
+        remains = (
+            f"the newest checkpoint is {run.last_checkpoint}."
+            if run.last_checkpoint
+            else "no checkpoint had been saved."
+        )
         return self.ended(
             replace(run, stop=stop, stop_time=now_us()),
             Result(
                 end_reason=EndReason.STOPPED_BY_USER,
-                message="Stopped in the queue, before it began.",
+                # Where it began, it has a start; a later process may not have begun.
+                message=f"Stopped {where}; {remains}"
+                if run.start_time
+                else f"Stopped {where}, before it began.",
+                step=run.progress.step,
             ),
             Exit(),
+            logs.request_id(),
         )
+
+    def paused_in_queue(self, run: Run) -> Run:
+        """Pauses a run that waits for its device."""
+        outcome = Result(
+            end_reason=EndReason.STOPPED_BY_USER,
+            message="Paused in the queue; once resumed it waits behind the others.",
+            step=run.progress.step,
+        )
+        return self.paused(run, outcome, Exit(), PauseReason.REQUESTED, logs.request_id())
 
     def _remark(self, run: Run, text: str) -> event_pb2.Event:
         _log.warning("run %d of task %d: %s", run.number, run.task_key, text)
@@ -306,12 +539,14 @@ class Keeper:
         saved: Sequence[CheckpointSaved] = (),
         measured: Measurement | None = None,
         new_run: Run | None = None,
+        caused_by: str | None = None,
         **changes: object,
     ) -> None:
         with self._database.transaction(durable=durable) as connection:
             self._records.save_run(connection, run)
             if new_run is not None:
-                self._records.insert_run(connection, new_run)
+                place = self._records.next_place(connection)
+                self._records.insert_run(connection, replace(new_run, place=place))
             task = self.task_of(run)
             for checkpoint in saved:
                 self._ledger.enter(
@@ -328,7 +563,8 @@ class Keeper:
                 changes = {"update_time": now_us(), "revision": task.revision + 1, **changes}
             self._records.save_task(connection, replace(task, **changes))  # type: ignore[arg-type]
             if events:
-                self._events.append(connection, task.key, events)
+                cause = run.request_id if caused_by is None else caused_by
+                self._events.append(connection, task.key, events, cause)
 
 
 def _queued(run: Run) -> dict[str, Any]:
@@ -343,6 +579,7 @@ def _queued(run: Run) -> dict[str, Any]:
         "last_checkpoint": "",
         "start_time": 0,
         "end_time": 0,
+        "pause_reason": None,
     }
 
 
@@ -354,5 +591,7 @@ def _changes(payload: Payload, run: Run) -> dict[str, Any]:
         return {"last_checkpoint": payload.path}
     if isinstance(payload, PhaseChange):
         # Once a stop is under way, saving is part of it.
-        return {"phase": RunPhase.STOPPING if run.stop else payload.phase}
+        if run.stop:
+            return {"phase": RunPhase.PAUSING if run.pause else RunPhase.STOPPING}
+        return {"phase": payload.phase}
     return {}

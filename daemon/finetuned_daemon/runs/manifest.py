@@ -6,7 +6,8 @@ daemon before it starts one, and when it deletes what a run left. Nothing here m
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -99,6 +100,20 @@ class Manifest(_Record):
     def size_bytes(self) -> int:
         """Size of all files."""
         return sum(entry.size for entry in self.files.values())
+
+
+def strange_names(folder: Path, names: Iterable[str]) -> list[str]:
+    """Names in a manifest that are no file of its checkpoint: they leave it, or are links.
+
+    Who makes a checkpoint of his own could have files elsewhere read by them.
+    """
+    found = list[str]()
+    for name in names:
+        path = PurePosixPath(name)
+        inside = name and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+        if not inside or any((folder / p).is_symlink() for p in (path, *path.parents[:-1])):
+            found.append(name)
+    return found
 
 
 class WrittenFolder(_Record):

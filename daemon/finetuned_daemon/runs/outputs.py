@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from finetuned_daemon.runs.manifest import OUTPUT_NAMES, OUTPUTS, WrittenFolder
 
 _log = logging.getLogger(__name__)
 
+_STAGING_PREFIX = ".tmp-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -55,12 +57,21 @@ def delete_outputs(
 
 
 def read_records(run_dir: Path) -> list[WrittenFolder]:
-    """What a run recorded writing, oldest first; a folder that was written again comes again."""
+    """What a run recorded writing, oldest first; a folder that was written again comes again.
+
+    After a pause it records in a folder of its own, `attempt-2` and so on.
+    """
+    attempts = (folder for folder in run_dir.glob("attempt-*") if folder.name[8:].isdecimal())
+    folders = [run_dir, *sorted(attempts, key=lambda folder: int(folder.name[8:]))]
+    return [record for folder in folders for record in _read(folder / OUTPUTS)]
+
+
+def _read(file: Path) -> list[WrittenFolder]:
     try:
-        lines = (run_dir / OUTPUTS).read_bytes().splitlines()
+        lines = file.read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    records = []
+    records = list[WrittenFolder]()
     for line in lines:
         try:
             record = WrittenFolder.model_validate_json(line)
@@ -77,15 +88,18 @@ def _delete_run(output_dir: Path, records: list[WrittenFolder], result: Deleted)
     except OSError as error:  # gone, or a link by now
         _log.info("%s: %s", output_dir, error)
         return
+    is_its_own = False
     try:
         there = os.fstat(descriptor)
         path = os.path.realpath(output_dir)
         for record in records:
             if (record.path, record.device, record.inode) == (path, there.st_dev, there.st_ino):
+                is_its_own = True
                 _delete_folder(descriptor, record, result)
     finally:
         os.close(descriptor)
-    _remove_if_empty(output_dir.name, output_dir.parent)
+    if is_its_own:
+        _remove_if_empty(output_dir.name, output_dir.parent)
 
 
 def _delete_folder(parent: int, record: WrittenFolder, result: Deleted) -> None:
@@ -93,7 +107,7 @@ def _delete_folder(parent: int, record: WrittenFolder, result: Deleted) -> None:
     folders = {PurePosixPath()}
     for name, changed in record.files.items():
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
             continue
         folders.update(path.parents)
         _delete_file(parent, PurePosixPath(record.name, path), changed, result)
@@ -147,6 +161,38 @@ class _opened:  # noqa: N801 - used as a function
     def __exit__(self, *_: object) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
+
+
+def remove_leftovers(output_dir: Path, *, keep_folder: bool) -> None:
+    """Removes what a killed runner was about to write, and its folder if there is nothing in it.
+
+    Args:
+        output_dir: Of the run; where it is a link by now, nothing is done.
+        keep_folder: The run goes on: its folder, once gone, would be free for another's.
+    """
+    try:
+        descriptor = os.open(output_dir, _FOLDER)
+    except OSError as error:  # gone, or a link
+        _log.warning("leftovers in %s stay: %s", output_dir, error)
+        return
+    try:
+        for name in os.listdir(descriptor):  # noqa: PTH208 - of a descriptor
+            if name.startswith(_STAGING_PREFIX):
+                _remove_tree(descriptor, name)
+        is_empty = not os.listdir(descriptor)  # noqa: PTH208
+    except OSError as error:  # the output may be read-only by now; nothing depends on it
+        _log.warning("leftovers in %s stay: %s", output_dir, error)
+        return
+    finally:
+        os.close(descriptor)
+    if is_empty and not keep_folder:
+        _remove_if_empty(output_dir.name, output_dir.parent)
+
+
+def _remove_tree(parent: int, name: str) -> None:
+    """Removes a folder with all that is in it; no link is one, and none in it is followed."""
+    if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        shutil.rmtree(name, dir_fd=parent)
 
 
 def _remove_if_empty(name: str, parent: Path) -> None:

@@ -11,10 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetuned_daemon.runs.contract import ProcessIdentity
+import psutil
+
+from finetuned_daemon.runs.contract import ProcessIdentity, boot_id
 from finetuned_daemon.runs.oom import oom_kills
 
+RUN_DIR_VARIABLE = "TRAINING_RUN_DIR"
+"""In the environment of a runner and of all that it starts: the folder of their run."""
+
 _POLL_SECONDS = 0.25
+_MOST_SWEEPS = 20
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,14 @@ class Exit:
 class RunnerProcess:
     """A live runner. `gone` is set once it has ended, whoever its parent is."""
 
-    def __init__(self, identity: ProcessIdentity, child: subprocess.Popen[bytes] | None) -> None:
+    def __init__(
+        self,
+        identity: ProcessIdentity,
+        child: subprocess.Popen[bytes] | None,
+        run_dir: Path | None = None,
+    ) -> None:
         self.identity = identity
+        self._run_dir = run_dir
         self.gone = asyncio.Event()
         self.exit = Exit()
         self._oom_kills = oom_kills()
@@ -61,7 +73,7 @@ class RunnerProcess:
             child = subprocess.Popen(
                 argv,
                 cwd=cwd,
-                env=env,
+                env={**env, RUN_DIR_VARIABLE: str(cwd)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -74,14 +86,17 @@ class RunnerProcess:
         identity = ProcessIdentity.of(child.pid) or ProcessIdentity(
             pid=child.pid, start_time=0, boot_id=""
         )
-        process = cls(identity, child)
+        process = cls(identity, child, cwd)
         process._watch()
         return process
 
     @classmethod
-    def adopt(cls, identity: ProcessIdentity) -> RunnerProcess:
-        """Takes over a runner that an earlier daemon has started; it may be gone already."""
-        process = cls(identity, None)
+    def adopt(cls, identity: ProcessIdentity, run_dir: Path | None = None) -> RunnerProcess:
+        """Takes over a runner that an earlier daemon has started; it may be gone already.
+
+        Children that it left end with it where its run folder is given.
+        """
+        process = cls(identity, None, run_dir)
         process._watch()
         return process
 
@@ -147,6 +162,8 @@ class RunnerProcess:
                     os.killpg(self.identity.pid, signal.SIGKILL)
             status = self._child.wait()
             self.exit = Exit(code=status) if status >= 0 else Exit(signal=_signal_name(-status))
+        if self._run_dir is not None:
+            _end_children(self.identity, self._run_dir)
         before, after = self._oom_kills, oom_kills()
         if before is not None and after is not None:
             self.exit = replace(self.exit, oom_kills=after - before)
@@ -154,8 +171,56 @@ class RunnerProcess:
         self.gone.set()
 
 
+def _end_children(identity: ProcessIdentity, run_dir: Path) -> None:
+    """Ends what a runner that is gone has left in its session: it may hold the device's memory.
+
+    The runner was not our child perhaps, so its number alone says nothing: it may have been given
+    to another process by now. Each one is known by the run folder in its environment as well, and
+    held by a descriptor while it is looked at. Linux alone.
+    """
+    if not hasattr(os, "pidfd_open") or identity.boot_id not in ("", boot_id()):
+        return
+    mark = os.fsencode(f"{RUN_DIR_VARIABLE}={run_dir}")
+    for _ in range(_MOST_SWEEPS):  # one may start another while we look
+        ended = 0
+        for entry in os.scandir("/proc"):
+            if entry.name.isdecimal() and _end_child(int(entry.name), identity.pid, mark):
+                ended += 1
+        if not ended:
+            return
+
+
+def _end_child(pid: int, session: int, mark: bytes) -> bool:
+    try:
+        if os.getsid(pid) != session:
+            return False
+        held = os.pidfd_open(pid)
+    except OSError:  # it went away, or is a thread
+        return False
+    try:
+        # A zombie has no environment any more.
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if mark not in environment or os.getsid(pid) != session:
+            return False
+        signal.pidfd_send_signal(held, signal.SIGKILL)
+    except OSError:  # it went away, or runs as somebody else
+        return False
+    finally:
+        os.close(held)
+    return True
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
+
+
+def find_runner(run_dir: str) -> ProcessIdentity | None:
+    """Looks for a runner that has started but not yet written who it is."""
+    for process in psutil.process_iter(["cmdline"]):
+        cmdline = process.info["cmdline"] or []
+        if cmdline and cmdline[-1] == run_dir:
+            return ProcessIdentity.of(process.pid)
+    return None

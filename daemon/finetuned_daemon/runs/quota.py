@@ -1,8 +1,8 @@
 """The training quota: each checkpoint that a run saves uses one.
 
 The limit is the operator's (`--training-quota`), no client changes it. What is used stands in a
-ledger of the database and stays used, whatever becomes of task and checkpoint. What active runs
-were planned to save and have not saved yet is reserved for them.
+ledger of the database and stays used, whatever becomes of task and checkpoint. What runs that are
+not over, paused ones too, were planned to save and have not saved yet is reserved for them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Quota:
         return self._ledger.used()
 
     def reserved(self, but: Run | None = None) -> int:
-        """Planned and not saved yet, of all active runs `but` one."""
+        """Planned and not saved yet, of all runs that are not over `but` one."""
         return sum(
             max(0, run.planned_checkpoints - run.saved_checkpoints)
-            for run in self._records.active_runs()
+            for run in (*self._records.active_runs(), *self._records.paused_runs())
             if but is None or run.key != but.key
         )
 
@@ -41,7 +41,7 @@ class Quota:
         return max(0, self.limit - self.used - self.reserved())
 
     def of(self, run: Run) -> int | None:
-        """Checkpoints that a run may save in all, those it has saved included."""
+        """Checkpoints that a run's process may save in all, those it has saved included."""
         if self.limit is None:
             return None
         return max(0, run.saved_checkpoints + self.limit - self.used - self.reserved(but=run))

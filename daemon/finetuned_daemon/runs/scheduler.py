@@ -1,11 +1,13 @@
 """The queue of each device: which run may start.
 
-One run a device at a time, in the order of their starts.
+One run a device at a time, in the order of their places.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from finetuned_daemon.tasks import Run, TaskState
 
@@ -25,12 +27,31 @@ def may_start(active: Iterable[Run]) -> list[Run]:
     return result
 
 
-def queue_position(run: Run, active: Iterable[Run]) -> int:
-    """Place of a queued run in the queue of its device, from 1; 0 if it is not queued."""
-    place = 0
-    for other in active:
-        if other.device == run.device and other.state is TaskState.QUEUED:
-            place += 1
-            if other.key == run.key:
-                return place
-    return 0
+def queue_positions(queue: Iterable[tuple[int, str]]) -> dict[int, int]:
+    """Places in the queues of their devices, from 1, by the keys of tasks.
+
+    `queue` has task and device of all QUEUED runs in the order of the queue.
+    """
+    lengths = Counter[str]()
+    result = dict[int, int]()
+    for task_key, device in queue:
+        lengths[device] += 1
+        result[task_key] = lengths[device]
+    return result
+
+
+def moved(run: Run, position: int, active: Iterable[Run]) -> list[Run]:
+    """The runs whose place changes where a queued one moves within the queue of its device.
+
+    Args:
+        run: Is QUEUED.
+        position: Where it goes, from 1; beyond the end: last.
+        active: As for `may_start`.
+    """
+    queue = [r for r in active if r.device == run.device and r.state is TaskState.QUEUED]
+    places = [r.place for r in queue]
+    others = [r for r in queue if r.key != run.key]
+    others.insert(position - 1, run)
+    return [
+        replace(r, place=place) for r, place in zip(others, places, strict=True) if r.place != place
+    ]

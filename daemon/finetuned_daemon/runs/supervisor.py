@@ -12,34 +12,51 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
+from finetuned_daemon import logs
+from finetuned_daemon.checkpoints import resuming
 from finetuned_daemon.config import Config
 from finetuned_daemon.errors import DiskFull
+from finetuned_daemon.limits import BY_NAME
+from finetuned_daemon.runs import starts
+from finetuned_daemon.runs.aside import write_task
 from finetuned_daemon.runs.bundle import Bundle
 from finetuned_daemon.runs.contract import (
     DISK_FULL_ERRNOS,
     Control,
     EndReason,
-    ProcessIdentity,
+    Notice,
     Result,
+    RunPhase,
     Spec,
     StopWish,
+    make_dirs,
     sync_dir,
 )
 from finetuned_daemon.runs.keeper import Keeper
-from finetuned_daemon.runs.outcome import Evidence, decide
-from finetuned_daemon.runs.process import Exit, RunnerProcess
+from finetuned_daemon.runs.outcome import (
+    Evidence,
+    decide,
+    pause_of,
+    paused,
+    waiting_for_room,
+)
+from finetuned_daemon.runs.outputs import remove_leftovers
+from finetuned_daemon.runs.process import Exit, RunnerProcess, find_runner
+from finetuned_daemon.runs.pulse import Pulse
 from finetuned_daemon.runs.quota import Quota
-from finetuned_daemon.tasks import Run
+from finetuned_daemon.runs.room import Need, needs_of
+from finetuned_daemon.tasks import PauseReason, Run
 
 _log = logging.getLogger(__name__)
 
 _DISK_FULL_RETRY_SECONDS = 2.0
+_TRAINING = (RunPhase.TRAINING, RunPhase.EVALUATING, RunPhase.SAVING)
 _PROBE_PREFIX = ".finetuned-probe-"
 
 
@@ -60,6 +77,10 @@ class _Live:
     signals: list[signal.Signals] = field(default_factory=list)
     checkpoint_quota: int | None = None
     """What it was last told that it may save."""
+    saves: int = 0
+    """How often it was asked to save at once."""
+    was_hung: bool = False
+    """Whether it was told by a signal to end, for want of signs of life."""
     watcher: asyncio.Task[None] | None = None
 
 
@@ -88,7 +109,7 @@ class Supervisor:
 
     def recover(self, run: Run) -> None:
         """Takes over a run that was RUNNING when the last daemon ended."""
-        bundle = Bundle(Path(run.run_dir))
+        bundle = Bundle(run.attempt_dir)
         identity = run.identity
         if identity is None:
             # The last daemon ended between its intent and the record of the process.
@@ -96,16 +117,17 @@ class Supervisor:
             if spec is not None:  # its folder is made already
                 run = replace(run, output_dir=spec.output_dir)
             claimed = bundle.read_process()
-            identity = claimed.identity if claimed else _find_runner(run.run_dir)
+            if claimed and not claimed.identity.is_alive() and bundle.has_not_begun():
+                bundle.clear()
+                claimed = None
+            identity = claimed.identity if claimed else find_runner(str(run.attempt_dir))
             if identity is None:
-                _log.info(
-                    "run %d of task %d had not begun; it is started again", run.number, run.task_key
-                )
-                self._spawn(run)
+                self._end_later(self._recover_start(run))
                 return
             run = self._keeper.started(run, identity)
-        process = RunnerProcess.adopt(identity)
+        process = RunnerProcess.adopt(identity, run.attempt_dir)
         live = _Live(run, bundle, process, was_alive=not process.gone.is_set())
+        live.saves = bundle.read_control().save
         if run.stop is not None:
             # The wish is durable before the file is written; the daemon may have died between the
             # two.
@@ -129,6 +151,15 @@ class Supervisor:
             self._tell(live)
         return live.run
 
+    def pause(self, run: Run) -> Run:
+        """Asks a live run to save and to free its device; returns once the wish is durable."""
+        live = self._live.get(run.key)
+        if live is None:  # as above
+            return run
+        live.run = self._keeper.pausing(live.run, self._patience(StopWish.SAVE))
+        self._tell(live)
+        return live.run
+
     def share_quota(self) -> None:
         """Tells each live run what it may save, where that has changed with the other runs."""
         for live in self._live.values():
@@ -149,7 +180,7 @@ class Supervisor:
     # --- start
 
     def _spawn(self, run: Run) -> None:
-        bundle = Bundle(Path(run.run_dir))
+        bundle = Bundle(run.attempt_dir)
         try:
             task = self._keeper.task_of(run)
             if not run.output_dir:
@@ -165,11 +196,25 @@ class Supervisor:
                 checkpoint_quota=None if run.is_probe else self._quota.of(run),
                 cache_dir=str(self._config.cache_dir / "tokens"),
                 probe=run.is_probe,
+                attempt=run.attempt,
+                request_id=run.request_id,
+                disk_wait_seconds=self._config.disk_wait_seconds,
                 parameters=run.parameters,
             )
+            if run.resume_path:
+                own = resuming(run.parameters, task.training_type, run.resume_path)
+                update = {"parameters": own, "run_parameters": run.parameters}
+                spec = spec.model_copy(update=update)
             bundle.create(spec)
+            write_task(Path(run.run_dir).parent, task, run)
             process = RunnerProcess.start(
-                [self._config.runner_python, "-P", "-m", self._config.runner_module, run.run_dir],
+                [
+                    self._config.runner_python,
+                    "-P",
+                    "-m",
+                    self._config.runner_module,
+                    str(run.attempt_dir),
+                ],
                 cwd=bundle.path,
                 console=bundle.console,
                 env=_environment(spec),
@@ -180,9 +225,7 @@ class Supervisor:
                 EndReason.DISK_FULL if error.errno in DISK_FULL_ERRNOS else EndReason.RUNNER_CRASHED
             )
             outcome = Result(end_reason=reason, message=f"The runner can't be started: {error}.")
-            ending = asyncio.get_running_loop().create_task(self._end(run, outcome, Exit()))
-            self._endings.add(ending)
-            ending.add_done_callback(self._endings.discard)
+            self._end_later(self._end(run, outcome, Exit()))
             return
         try:
             run = self._keeper.started(run, process.identity)
@@ -194,6 +237,49 @@ class Supervisor:
             _Live(run, bundle, process, was_alive=True, checkpoint_quota=spec.checkpoint_quota)
         )
 
+    def _end_later(self, ending: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(ending)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    async def _recover_start(self, run: Run) -> None:
+        """Starts a run once more whose start the last daemon did not survive."""
+        if run.stop is not None:
+            await self._end(run, starts.STOPPED, Exit())
+            return
+        if run.starts >= starts.MOST_STARTS:
+            await self._end(run, starts.daemon_gave_up(run), Exit())
+            return
+        _log.info("run %d of task %d had not begun; it is started again", run.number, run.task_key)
+        self._spawn(await self._restarting(run, starts.after_daemon(run)))
+
+    async def _restarting(self, run: Run, notice: Notice) -> Run:
+        """Counts one more start, durably before the process exists."""
+        while True:
+            try:
+                return self._keeper.restarting(run, notice)
+            except DiskFull as error:
+                _log.error("%s; trying again", error)
+                await asyncio.sleep(_DISK_FULL_RETRY_SECONDS)
+
+    async def _start_again(self, live: _Live) -> Result | None:
+        """Starts a run once more that crashed at once; a result: it was stopped before."""
+        pause = starts.pause(self._config.restart_pause_seconds, live.run.starts)
+        console = live.bundle.console_tail()
+        notice = starts.again(live.run, live.process.exit, console, pause)
+        _log.warning("run %d of task %d: %s", live.run.number, live.run.task_key, notice.message)
+        live.run = await self._restarting(live.run, notice)
+        live.bundle.clear()
+        until = time.monotonic() + pause
+        while live.run.stop is None:
+            left = until - time.monotonic()
+            if left <= 0:
+                live.bundle.clear()  # its quota may have been told to nobody meanwhile
+                self._spawn(live.run)
+                return None
+            await asyncio.sleep(min(left, self._config.ingest_seconds))
+        return starts.STOPPED
+
     # --- watch
 
     def _watch(self, live: _Live) -> None:
@@ -201,6 +287,9 @@ class Supervisor:
         live.watcher = asyncio.get_running_loop().create_task(self._follow(live))
 
     async def _follow(self, live: _Live) -> None:
+        task, run = self._keeper.task_of(live.run), live.run
+        logs.ABOUT.set(logs.About(request_id=run.request_id, task=task.name, run=run.number))
+        pulse = Pulse(self._config, live.bundle.path, live.process.identity)
         while True:
             # The order matters: what was written before the end is read after the end was seen.
             gone = live.process.gone.is_set()
@@ -210,7 +299,9 @@ class Supervisor:
             if more:
                 await asyncio.sleep(0)  # a long file is taken over in chunks; others get their turn
                 continue
+            live.bundle.bound_console(BY_NAME["console_bytes"].default)
             self._urge(live)
+            self._feel(live, pulse)
             try:
                 async with asyncio.timeout(self._config.ingest_seconds):
                     await live.process.gone.wait()
@@ -223,36 +314,66 @@ class Supervisor:
             live.run, more = self._keeper.ingest(live.run, live.bundle)
         except DiskFull as error:
             # The events wait in the run folder; nothing is lost by trying again.
+            gone = live.process.gone.is_set()
             _log.error("%s; trying again", error)
+            await asyncio.sleep(_DISK_FULL_RETRY_SECONDS)
+            return gone  # its end is not recorded before its events
+        except OSError as error:
+            _log.error("the events of run %d can't be read: %s", live.run.key, error)
             await asyncio.sleep(_DISK_FULL_RETRY_SECONDS)
             return False
         return more
 
     async def _finish(self, live: _Live) -> None:
+        exit_, console = live.process.exit, live.bundle.console_tail()
+        result = live.bundle.read_result()
+        if result is None and exit_.code == starts.EXIT_CLAIMED and self._take_over(live):
+            return
+        crashed = (
+            result is None
+            and not live.was_hung
+            and starts.crashed_at_once(live.run, exit_, console)
+        )
+        if crashed and live.run.starts < starts.MOST_STARTS:
+            result = await self._start_again(live)
+            if result is None:
+                return
         run = live.run
         outcome = decide(
             Evidence(
-                result=live.bundle.read_result(),
-                exit=live.process.exit,
+                result=result,
+                exit=exit_,
                 was_watched=live.was_alive,
                 stop=run.stop,
                 was_forced=bool(live.signals),
+                was_hung=live.was_hung,
                 step=run.progress.step,
                 last_checkpoint=run.last_checkpoint,
-                console_tail=live.bundle.console_tail(),
+                console_tail=console,
             )
         )
+        if crashed and result is None:
+            outcome = starts.given_up(outcome, run.starts, console)
         if live.bundle.read_result() is None:
-            _remove_leftovers(Path(run.output_dir))
+            remove_leftovers(Path(run.output_dir), keep_folder=run.pause is not None)
         await self._end(run, outcome, live.process.exit)
 
     async def _end(self, run: Run, outcome: Result, exit_: Exit) -> None:
         if run.is_probe and run.output_dir:
             await asyncio.to_thread(_remove_probe_dir, Path(run.output_dir))
             run = replace(run, output_dir="")
+        needs = list[Need]()
+        if outcome.end_reason is EndReason.DISK_FULL and not run.is_probe:
+            task = self._keeper.task_of(run)
+            needs = await asyncio.to_thread(
+                needs_of, run, task.training_type, self._config.runs_dir
+            )
         while True:
             try:
-                self._keeper.ended(run, outcome, exit_)
+                live = self._live.get(run.key)
+                if live is not None and not run.is_probe:
+                    run = live.run  # somebody may have asked for a stop meanwhile
+                self._record_end(run, outcome, exit_, needs)
                 break
             except DiskFull as error:
                 _log.error("%s; trying again", error)
@@ -260,6 +381,73 @@ class Supervisor:
         self._live.pop(run.key, None)
         _log.info("run %d of task %d ended: %s", run.number, run.task_key, outcome.end_reason)
         self._on_end()
+
+    def _record_end(self, run: Run, outcome: Result, exit_: Exit, needs: Sequence[Need]) -> None:
+        reason = pause_of(run, outcome)
+        if reason is None:
+            self._keeper.ended(run, outcome, exit_)
+            return
+        if reason is PauseReason.DISK_FULL:
+            message = waiting_for_room(run, outcome, needs)
+        else:
+            message = paused(run, outcome, exit_)
+        outcome = outcome.model_copy(update={"message": message})
+        self._keeper.paused(run, outcome, exit_, reason)
+
+    def _take_over(self, live: _Live) -> bool:
+        """Watches the process that has the folder in place of ours; False: there is none."""
+        claimed = live.bundle.read_process()
+        if claimed is None or not claimed.identity.is_alive():
+            return False
+        # A daemon before this one had started it, and ended before the process could be seen.
+        _log.warning("run %d is process %d's", live.run.key, claimed.identity.pid)
+        run = replace(live.run, identity=claimed.identity)
+        process = RunnerProcess.adopt(claimed.identity, run.attempt_dir)
+        other = replace(live, run=run, process=process, signals=[], was_alive=True)
+        if run.stop is not None:
+            self._tell(other)
+        self._watch(other)
+        return True
+
+    def _feel(self, live: _Live, pulse: Pulse) -> None:
+        """Says where a runner gives no sign of life, and ends it where that lasts too long."""
+        notice = pulse.look(has_begun=live.run.ingested_seq > 0)
+        if notice is not None:
+            _log.warning("run %d: %s", live.run.key, notice.message)
+            try:
+                self._keeper.notice(live.run, notice)
+            except DiskFull as error:  # the log of the daemon has it
+                _log.error("%s", error)
+        number = pulse.due
+        if number is not None and number not in live.signals:
+            _log.warning("run %d gives no sign of life: %s", live.run.key, number.name)
+            live.was_hung = True
+            live.signals.append(number)
+            live.process.signal_group(number)
+
+    async def save_now(self, seconds: float) -> None:
+        """Asks each live run for a checkpoint, and waits for them, but no longer than this.
+
+        One that has not begun to train, or that is about to end, has none to save or saves anyway.
+        """
+        waiting = dict[int, int]()
+        for key, live in self._live.items():
+            if live.run.is_probe or live.run.stop is not None:
+                continue
+            live.saves += 1
+            phase = self._keeper.task_of(live.run).phase
+            if self._write_control(live) and phase in _TRAINING:
+                waiting[key] = live.run.saved_checkpoints
+        until = time.monotonic() + seconds
+        while waiting and time.monotonic() < until:
+            await asyncio.sleep(min(0.02, seconds))
+            waiting = {
+                key: saved
+                for key, saved in waiting.items()
+                if key in self._live and self._live[key].run.saved_checkpoints == saved
+            }
+        if waiting:
+            _log.warning("%d runs had no time to save before the machine sleeps", len(waiting))
 
     # --- stop
 
@@ -272,7 +460,11 @@ class Supervisor:
     def _write_control(self, live: _Live) -> bool:
         try:
             live.bundle.write_control(
-                Control(stop=live.run.stop, checkpoint_quota=live.checkpoint_quota)
+                Control(
+                    stop=live.run.stop,
+                    checkpoint_quota=live.checkpoint_quota,
+                    save=live.saves,
+                )
             )
         except OSError as error:  # a full disk
             _log.warning("run %d can't be told anything: %s", live.run.key, error)
@@ -309,7 +501,7 @@ def _claim_output_dir(run: Run) -> Path:
     No run ever writes over another's results.
     """
     parent = Path(run.parameters.data.output_dir or "")
-    parent.mkdir(parents=True, exist_ok=True)
+    make_dirs(parent)
     number = run.number
     while True:
         folder = parent / f"run-{number}"
@@ -341,18 +533,6 @@ def _remove_probe_dir(folder: Path) -> None:
         _log.warning("what a probe has left in %s stays: %s", folder, error)
 
 
-def _remove_leftovers(output_dir: Path) -> None:
-    """Removes what a killed runner was about to write, and its folder if there is nothing in it."""
-    try:
-        for path in output_dir.glob(".tmp-*"):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-        if not any(output_dir.iterdir()):
-            output_dir.rmdir()
-    except OSError as error:  # the output may be gone or read-only by now; nothing depends on it
-        _log.warning("leftovers in %s stay: %s", output_dir, error)
-
-
 def _num_threads() -> int:
     """OpenMP threads of a run.
 
@@ -381,12 +561,3 @@ def _environment(spec: Spec) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def _find_runner(run_dir: str) -> ProcessIdentity | None:
-    """Looks for a runner that has started but not yet written who it is."""
-    for process in psutil.process_iter(["cmdline"]):
-        cmdline = process.info["cmdline"] or []
-        if cmdline and cmdline[-1] == run_dir:
-            return ProcessIdentity.of(process.pid)
-    return None

@@ -14,9 +14,10 @@ from finetuned.v1 import (
 from finetuned_daemon.checkpoints import Checkpoint
 from finetuned_daemon.devices import Device
 from finetuned_daemon.environment.model import CheckStatus, Report
-from finetuned_daemon.errors import InvalidRequest, Violation
+from finetuned_daemon.errors import Violation
 from finetuned_daemon.events.build import (
     end_reason_value,
+    pause_reason_value,
     phase_value,
     state_value,
     timestamp,
@@ -72,6 +73,7 @@ def task(record: Task, queue_position: int) -> task_pb2.Task:
         etag=record.etag,
         template=record.template,
         probing=record.before_probe is not None,
+        pause_reason=pause_reason_value(record.pause_reason),
     )
 
 
@@ -124,6 +126,8 @@ def run(record: Run, parent: Task) -> task_pb2.Run:
         output_dir=record.output_dir,
         retry=record.retry,
         probe=record.is_probe,
+        attempt=record.attempt,
+        request_id=record.request_id,
     )
 
 
@@ -145,28 +149,20 @@ def checkpoint(record: Checkpoint, parent: Task, speaking: Language) -> task_pb2
     )
 
 
-def resume_choice(value: int) -> ResumeChoice | None:
-    """The choice of a checkpoint; None for unspecified.
-
-    Raises:
-        InvalidRequest: It is none that this version knows.
-    """
+def resume_choice(value: int, violations: list[Violation]) -> ResumeChoice | None:
+    """The choice of a checkpoint, None for unspecified; adds a violation where it is unknown."""
     if value and value not in _RESUME_CHOICES:
         text = Text(f"{value} is no choice", f"没有选项 {value}")
-        raise InvalidRequest([Violation("resume", text, "NOT_A_CHOICE")])
+        violations.append(Violation("resume", text, "NOT_A_CHOICE"))
     return _RESUME_CHOICES.get(value)
 
 
-def config_format(value: int) -> ConfigFormat:
-    """The format to export.
-
-    Raises:
-        InvalidRequest: It is none that this version knows.
-    """
+def config_format(value: int, violations: list[Violation]) -> ConfigFormat:
+    """The format to export; adds a violation where it is none that this version knows."""
     if value not in _CONFIG_FORMATS:
         text = Text(f"{value} is no format", f"没有格式 {value}")
-        raise InvalidRequest([Violation("format", text, "NOT_A_CHOICE")])
-    return _CONFIG_FORMATS[value]
+        violations.append(Violation("format", text, "NOT_A_CHOICE"))
+    return _CONFIG_FORMATS.get(value, ConfigFormat.YAML)
 
 
 def progress(record: Progress) -> task_pb2.Progress:
@@ -174,8 +170,11 @@ def progress(record: Progress) -> task_pb2.Progress:
     return task_pb2.Progress(**record.model_dump(exclude_none=True))
 
 
-def training_type(value: int) -> TrainingType | None:
-    """The training type; None for unspecified and for numbers that are no type."""
+def training_type(value: int, violations: list[Violation]) -> TrainingType | None:
+    """The training type, None for unspecified; adds a violation where the number is none."""
+    if value and value not in _TRAINING_TYPES:
+        text = Text(f"{value} is no training type", f"没有训练类型 {value}")
+        violations.append(Violation("training_type", text, "NOT_A_CHOICE"))
     return _TRAINING_TYPES.get(value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from grpc import aio
@@ -18,7 +18,7 @@ from finetuned_daemon.services import convert
 from finetuned_daemon.services.edge import language
 from finetuned_daemon.services.paging import negative
 from finetuned_daemon.texts import Language, Text
-from finetuned_daemon.validation.paths import check_file, check_folder
+from finetuned_daemon.validation.paths import check_file, check_folder, check_outside
 
 _Context = aio.ServicerContext[Any, Any]
 
@@ -45,7 +45,7 @@ class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
     async def InspectDataset(  # noqa: N802, D102 - described in the proto
         self, request: dataset_service_pb2.InspectDatasetRequest, context: _Context
     ) -> AsyncIterator[dataset_service_pb2.InspectDatasetResponse]:
-        asked = await asyncio.to_thread(_decode, request)
+        asked = await asyncio.to_thread(_decode, request, self._worker.own_folders)
         speaking = language(context)
         answers = self._worker.inspect(asked)
         async with contextlib.aclosing(_until(self._stopping, answers)) as messages:
@@ -89,22 +89,26 @@ async def _until(
 # --- decoding
 
 
-def _decode(request: dataset_service_pb2.InspectDatasetRequest) -> InspectRequest:
-    """The request in the worker's words.
+def _decode(
+    request: dataset_service_pb2.InspectDatasetRequest, own_folders: Sequence[str]
+) -> InspectRequest:
+    """The request in the worker's words; no path may lie in `own_folders`.
 
     Raises:
         InvalidRequest: Naming every wrong field.
     """
-    found = _check_path(request)
-    training_type = convert.training_type(request.training_type)
-    if training_type is None:
+    found = check_outside("path", request.path, own_folders) or _check_path(request)
+    training_type = convert.training_type(request.training_type, found)
+    if not request.training_type:
         text = Text(
             "must be TRAINING_TYPE_SFT or TRAINING_TYPE_PRETRAIN",
             "必须是 TRAINING_TYPE_SFT 或 TRAINING_TYPE_PRETRAIN",
         )
         found.append(Violation("training_type", text, "REQUIRED"))
     if request.tokenizer_path:
-        found += check_folder("tokenizer_path", request.tokenizer_path)
+        found += check_outside(
+            "tokenizer_path", request.tokenizer_path, own_folders
+        ) or check_folder("tokenizer_path", request.tokenizer_path)
     length = request.max_seq_length or _DEFAULT_LENGTH
     if not _SHORTEST <= length <= _LONGEST:
         found.append(_out_of_range("max_seq_length", _SHORTEST, _LONGEST, length))

@@ -6,9 +6,7 @@ Errors to status codes in one table, the token on TCP, and requests that are no 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -16,21 +14,25 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc import aio
-from grpc_status import rpc_status
 
 from finetuned_daemon.errors import (
     AlreadyExists,
     CursorOutOfRange,
     DaemonError,
     DiskFull,
+    Forbidden,
     InvalidRequest,
+    LimitReached,
     NotFound,
     StaleEtag,
     Stopping,
-    TooMany,
+    Unauthenticated,
     Violation,
     WrongState,
 )
+from finetuned_daemon.limits import Limits
+from finetuned_daemon.services.access import Access, Admission
+from finetuned_daemon.services.calls import Calls
 from finetuned_daemon.texts import Language, Text, choose_language
 
 DOMAIN = "finetuned"
@@ -43,8 +45,10 @@ CODES: dict[type[DaemonError], int] = {
     StaleEtag: code_pb2.ABORTED,
     CursorOutOfRange: code_pb2.OUT_OF_RANGE,
     DiskFull: code_pb2.RESOURCE_EXHAUSTED,
-    TooMany: code_pb2.RESOURCE_EXHAUSTED,
+    LimitReached: code_pb2.RESOURCE_EXHAUSTED,
     Stopping: code_pb2.UNAVAILABLE,
+    Unauthenticated: code_pb2.UNAUTHENTICATED,
+    Forbidden: code_pb2.PERMISSION_DENIED,
 }
 
 
@@ -59,7 +63,9 @@ def to_status(error: DaemonError, speaking: Language = "en") -> status_pb2.Statu
 
     Sentences on fields come in the caller's language, all else in English with a stable reason.
     """
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    ]
     if isinstance(error, InvalidRequest):
         details.append(_bad_request(error.violations, speaking))
     elif isinstance(error, NotFound | AlreadyExists):
@@ -135,31 +141,21 @@ class Malformed:
     """Stands for a request whose bytes are no such message."""
 
 
-class Edge(aio.ServerInterceptor):
-    """Wraps every rpc: access, decoding, errors."""
+class TooLarge:
+    """Stands for a request that is too large to be looked at."""
 
-    def __init__(self, token: str) -> None:
-        self._token = token.encode()
-        self._calls = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+
+class Edge(aio.ServerInterceptor):
+    """Wraps every rpc: access, limits, decoding, log, errors."""
+
+    def __init__(self, access: Access, limits: Limits) -> None:
+        self._access = access
+        self._limits = limits
+        self._calls = Calls(limits, lambda error, context: to_status(error, language(context)))
 
     async def wait_until_idle(self, seconds: float) -> None:
         """Returns once no call is under way, or time is up."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
-
-    @contextlib.contextmanager
-    def _counted(self) -> Generator[None]:
-        self._calls += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            if not self._calls:
-                self._idle.set()
+        await self._calls.wait_until_idle(seconds)
 
     async def intercept_service(
         self,
@@ -170,69 +166,100 @@ class Edge(aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None:  # no such method: gRPC answers UNIMPLEMENTED itself
             return handler
-        metadata = dict(handler_call_details.invocation_metadata or ())
-        authorization = str(metadata.get("authorization", "")).encode()
         changes: dict[str, Any] = {}
-        if not handler.request_streaming:
-            changes["request_deserializer"] = _forgiving(handler.request_deserializer)
+        changes["request_deserializer"] = _forgiving(
+            handler.request_deserializer, self._limits["message_bytes"]
+        )
+        details = handler_call_details
         if handler.unary_unary:
-            changes["unary_unary"] = self._unary(handler.unary_unary, authorization)
+            changes["unary_unary"] = self._unary(handler.unary_unary, details)
         elif handler.unary_stream:
-            changes["unary_stream"] = self._stream(handler.unary_stream, authorization)
+            changes["unary_stream"] = self._stream(handler.unary_stream, details)
         elif handler.stream_stream:  # reflection
-            changes["stream_stream"] = self._stream(handler.stream_stream, authorization)
+            reflect: Any = handler.stream_stream
+
+            def checked(requests: Any, context: Any) -> Any:
+                return reflect(self._well_formed(requests), context)
+
+            changes["stream_stream"] = self._stream(checked, details)
         return handler._replace(**changes)
 
-    def _unary(self, behaviour: Callable[..., Awaitable[Any]], authorization: bytes) -> Any:
-        async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-            with self._counted():
-                await self._admit(request, context, authorization)
-                try:
-                    return await behaviour(request, context)
-                except DaemonError as error:
-                    status = to_status(error, language(context))
-                    await context.abort_with_status(rpc_status.to_status(status))
+    def _unary(
+        self,
+        behaviour: Callable[..., Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        async def handle(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+            async with self._calls.call(details, context, is_stream=False) as call:
+                self._admit(request, context, details)
+                call.note_task(request)
+                await call.take_place()
+                answer = await behaviour(request, context)
+                call.note_task(answer)
+                return answer
 
-        return call
+        return handle
 
-    def _stream(self, behaviour: Callable[..., AsyncIterator[Any]], authorization: bytes) -> Any:
-        async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            with self._counted():
-                await self._admit(request, context, authorization)
-                try:
-                    async for response in behaviour(request, context):
-                        yield response
-                except DaemonError as error:
-                    status = to_status(error, language(context))
-                    await context.abort_with_status(rpc_status.to_status(status))
+    def _stream(
+        self,
+        behaviour: Callable[..., AsyncIterator[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        async def handle(
+            request: Any, context: aio.ServicerContext[Any, Any]
+        ) -> AsyncIterator[Any]:
+            async with self._calls.call(details, context, is_stream=True) as call:
+                admission = self._admit(request, context, details)
+                call.note_task(request)
+                await call.take_place()
+                responses: Any = behaviour(request, context)
+                if asyncio.iscoroutine(responses):  # sends them itself, as Health.Watch
+                    await admission.run(responses)
+                    return
+                async for response in admission.stream(responses):
+                    yield response
 
-        return call
+        return handle
 
-    async def _admit(
-        self, request: Any, context: aio.ServicerContext[Any, Any], authorization: bytes
-    ) -> None:
-        # On the unix socket the folder's mode is the wall. Anybody on the machine, and any web
-        # page, reaches TCP.
-        if not context.peer().startswith("unix:") and not hmac.compare_digest(
-            authorization, b"Bearer " + self._token
-        ):
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "TCP needs the token: metadata `authorization: Bearer TOKEN`, from the file "
-                "`token` in the daemon's runtime folder",
-            )
+    def _admit(
+        self,
+        request: Any,
+        context: aio.ServicerContext[Any, Any],
+        details: grpc.HandlerCallDetails,
+    ) -> Admission:
+        metadata = details.invocation_metadata or ()
+        admission = self._access.check(details.method, context.peer(), metadata)
+        self._check_form(request)
+        return admission
+
+    def _check_form(self, request: Any) -> None:
+        """Refuses what is no message, or too large a one."""
+        if isinstance(request, TooLarge):
+            raise self._limits.reached("message_bytes")
         if isinstance(request, Malformed):
             text = Text("the request is no such message", "请求不是这种消息")
-            error = InvalidRequest([Violation("", text, "MALFORMED")])
-            status = to_status(error, language(context))
-            await context.abort_with_status(rpc_status.to_status(status))
+            raise InvalidRequest([Violation("", text, "MALFORMED")])
+
+    async def _well_formed(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Passes requests on, up to one whose bytes are no such message.
+
+        Raises:
+            DaemonError: There was one.
+        """
+        async for request in requests:
+            self._check_form(request)
+            yield request
 
 
-def _forgiving(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+def _forgiving(
+    deserializer: Callable[[bytes], Any] | None, most_bytes: int
+) -> Callable[[bytes], Any] | None:
     if deserializer is None:
         return None
 
     def deserialize(data: bytes) -> Any:
+        if len(data) > most_bytes:
+            return TooLarge()
         try:
             return deserializer(data)
         except DecodeError:  # gRPC would answer INTERNAL

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from finetuned_daemon.errors import InvalidRequest, Violation
+from finetuned_daemon.limits import BY_NAME
 from finetuned_daemon.texts import Text
 
-LARGEST_PAGE = 1000
+LARGEST_PAGE = BY_NAME["page_size"].default
 
 
 def check_page_size(size: int) -> list[Violation]:

@@ -14,11 +14,11 @@ from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.parameters.schema import build_schema
 from finetuned_daemon.planner import Planner
-from finetuned_daemon.requests import Given, merged, training_type_missing
+from finetuned_daemon.requests import Given, check_training_type, merged
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.services import convert
 from finetuned_daemon.services.edge import language
-from finetuned_daemon.task_requests import ResumeChoice, StartOptions
+from finetuned_daemon.task_requests import StartOptions
 from finetuned_daemon.tasks import Task
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.texts import Text
@@ -53,15 +53,17 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
     async def GetParameterSchema(  # noqa: N802, D102 - described in the proto, as all rpcs here
         self, request: parameter_service_pb2.GetParameterSchemaRequest, context: _Context
     ) -> parameter_service_pb2.GetParameterSchemaResponse:
-        training_type = convert.training_type(request.training_type)
-        if training_type is None:
-            raise InvalidRequest([training_type_missing()])
+        wrong = list[Violation]()
+        training_type = convert.training_type(request.training_type, wrong)
+        wrong += check_training_type(training_type, wrong)
+        if wrong or training_type is None:
+            raise InvalidRequest(wrong)
         return build_schema(training_type)
 
     async def ValidateParameters(  # noqa: N802, D102
         self, request: parameter_service_pb2.ValidateParametersRequest, context: _Context
     ) -> parameter_service_pb2.ValidateParametersResponse:
-        asked = self._asked(request)
+        asked = self._asked(request, [])
         judgement = await self._judge.judge(
             asked.given,
             asked.training_type,
@@ -81,10 +83,17 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
     async def EstimateTask(  # noqa: N802, D102
         self, request: parameter_service_pb2.EstimateTaskRequest, context: _Context
     ) -> parameter_service_pb2.EstimateTaskResponse:
-        asked = self._asked(request)
-        choice = convert.resume_choice(request.resume)
-        if choice:
-            asked = await self._resuming(asked, choice, protos.to_dict(request.parameters))
+        wrong = list[Violation]()
+        choice = convert.resume_choice(request.resume, wrong)
+        if choice and not request.task:
+            text = Text("is required with resume", "使用 resume 时必填")
+            wrong.append(Violation("task", text, "REQUIRED"))
+        asked = self._asked(request, wrong)
+        if choice and asked.task:
+            options = StartOptions(resume=choice)
+            resumed = await self._manager.checkpoints.resume(asked.task, options)
+            given = merged(resumed.parameters, protos.to_dict(request.parameters))
+            asked = replace(asked, given=given)
         judgement = await self._judge.judge(
             asked.given, asked.training_type, asked.device, complete=True, task=asked.task
         )
@@ -96,39 +105,41 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
         estimate = await self._planner.estimate(judgement, asked.training_type)
         return convert.estimate(estimate, language(context))
 
-    async def _resuming(self, asked: _Asked, choice: ResumeChoice, given: Given) -> _Asked:
-        """What is asked about a run of the task that goes on from one of its checkpoints."""
-        if asked.task is None:
-            text = Text("is required with resume", "使用 resume 时必填")
-            raise InvalidRequest([Violation("task", text, "REQUIRED")])
-        options = StartOptions(resume=choice)
-        resumed = await self._manager.checkpoints.resume(asked.task, options)
-        return replace(asked, given=merged(resumed.parameters, given))
-
     def _asked(
         self,
         request: parameter_service_pb2.ValidateParametersRequest
         | parameter_service_pb2.EstimateTaskRequest,
+        wrong: list[Violation],
     ) -> _Asked:
-        """What a request is about, with what it leaves to a template or task."""
+        """What a request is about, with what it leaves to a template or task.
+
+        Args:
+            request: As it came.
+            wrong: What was found wrong with it before.
+
+        Raises:
+            NotFound: There is no such task or template.
+            InvalidRequest: With every wrong field beside the parameters.
+        """
         given: Given = protos.to_dict(request.parameters)
-        training_type = convert.training_type(request.training_type)
-        device, task = request.device, None
-        if request.task:
-            task = self._manager.get(request.task)
+        training_type = convert.training_type(request.training_type, wrong)
+        task = self._manager.get(request.task) if request.task else None
+        template = self._templates.get(request.template) if request.template else None
+        if task is not None:
             given = merged(task.parameters, given)
             if training_type not in (None, task.training_type):
-                raise InvalidRequest([_other_type("task", task.training_type)])
+                wrong.append(_other_type("task", task.training_type))
             training_type = task.training_type
-            device = device or task.device
-        elif request.template:
-            template = self._templates.get(request.template)
-            given = merged(template.parameters, given)
+        if template is not None:
+            if task is None:
+                given = merged(template.parameters, given)
             if training_type not in (None, template.training_type):
-                raise InvalidRequest([_other_type("template", template.training_type)])
-            training_type = template.training_type
-        if training_type is None:
-            raise InvalidRequest([training_type_missing()])
+                wrong.append(_other_type("template", template.training_type))
+            training_type = training_type or template.training_type
+        wrong += check_training_type(training_type, wrong)
+        if wrong or training_type is None:
+            raise InvalidRequest(wrong)
+        device = request.device or (task.device if task else "")
         return _Asked(training_type, given, device, task)
 
 

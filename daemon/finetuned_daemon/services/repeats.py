@@ -8,27 +8,28 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from finetuned_daemon.errors import InvalidRequest
+from finetuned_daemon.errors import Violation
 from finetuned_daemon.requests import RequestId, check_request_id
 
 T = TypeVar("T")
 
 
-def request_id(request: Any, answer: Callable[[T], Message]) -> RequestId[T] | None:
+def request_id(
+    request: Any, answer: Callable[[T], Message], violations: list[Violation]
+) -> RequestId[T] | None:
     """The request id of a message; None where the client chose none.
 
     Args:
         request: A message with the field `request_id`.
         answer: Makes the answer that is kept.
-
-    Raises:
-        InvalidRequest: It is too long, or not printable.
+        violations: Gets one more where the id is too long, or not printable.
     """
     if not request.request_id:
         return None
-    violations = check_request_id(request.request_id)
-    if violations:
-        raise InvalidRequest(violations)
+    wrong = check_request_id(request.request_id)
+    if wrong:
+        violations += wrong
+        return None
     body = copy.deepcopy(request)
     body.ClearField("request_id")
     name = type(request).DESCRIPTOR.name.encode()

@@ -14,10 +14,12 @@ from grpc import aio
 
 from finetuned._version import __version__
 from finetuned.v1 import system_service_pb2, system_service_pb2_grpc
+from finetuned_daemon.backups import DailyBackups
 from finetuned_daemon.config import Config
 from finetuned_daemon.devices import list_devices
 from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.events.build import timestamp
+from finetuned_daemon.limits import LIMITS, Limits
 from finetuned_daemon.manager import Manager
 from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.services import convert
@@ -36,6 +38,8 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
         manager: Manager,
         quota: Quota,
         environment: Environment,
+        limits: Limits,
+        backups: DailyBackups,
         *,
         addresses: Sequence[str],
         schema_version: int,
@@ -45,6 +49,8 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
         self._manager = manager
         self._quota = quota
         self._environment = environment
+        self._limits = limits
+        self._backups = backups
         self._addresses = addresses
         self._schema_version = schema_version
         self._shut_down = shut_down
@@ -53,7 +59,8 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
     async def GetSystemInfo(  # noqa: N802, D102 - described in the proto, as all rpcs here
         self, request: system_service_pb2.GetSystemInfoRequest, context: _Context
     ) -> system_service_pb2.GetSystemInfoResponse:
-        runs = [run for runs in self._manager.active().values() for run, _ in runs]
+        runs = [run for runs in self._manager.runs.active().values() for run, _ in runs]
+        backup_time = self._backups.last_time
         return system_service_pb2.GetSystemInfoResponse(
             version=__version__,
             pid=os.getpid(),
@@ -68,13 +75,25 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
             running_tasks=sum(run.state is TaskState.RUNNING for run in runs),
             queued_tasks=sum(run.state is TaskState.QUEUED for run in runs),
             schema_version=self._schema_version,
+            last_backup_time=None if backup_time is None else timestamp(backup_time),
+            limits=[
+                system_service_pb2.Limit(
+                    name=limit.name,
+                    value=self._limits[limit.name],
+                    used=self._limits.used(limit.name),
+                    unit=limit.unit,
+                )
+                for limit in LIMITS
+            ],
+            log_path=str(self._config.paths.log_file),
+            paused_tasks=len(self._manager.records.paused_runs()),
         )
 
     async def ListDevices(  # noqa: N802, D102
         self, request: system_service_pb2.ListDevicesRequest, context: _Context
     ) -> system_service_pb2.ListDevicesResponse:
         devices = await asyncio.to_thread(list_devices)
-        active = self._manager.active()
+        active = self._manager.runs.active()
         return system_service_pb2.ListDevicesResponse(
             devices=[
                 convert.device(

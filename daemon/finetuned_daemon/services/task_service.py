@@ -9,11 +9,12 @@ from typing import Any
 from grpc import aio
 
 from finetuned.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
-from finetuned_daemon.checkpoints import Checkpoint
+from finetuned_daemon.checkpoints import Checkpoint, check_resume
 from finetuned_daemon.errors import InvalidRequest, NotFound, Stopping, Violation
 from finetuned_daemon.events.build import timestamp
 from finetuned_daemon.events.log import PAGE
 from finetuned_daemon.export import Settings, export
+from finetuned_daemon.limits import BY_NAME
 from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.services import convert
@@ -29,6 +30,9 @@ from finetuned_daemon.services.repeats import request_id
 from finetuned_daemon.task_requests import Edit, NewTask, StartOptions
 from finetuned_daemon.tasks import Task, TaskState, now_us
 from finetuned_daemon.texts import Text
+
+_WATCH_BYTES = BY_NAME["watch_page_bytes"].default
+_MOST_PAGE_BYTES = BY_NAME["event_page_bytes"].default
 
 _Context = aio.ServicerContext[Any, Any]
 
@@ -46,19 +50,22 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     async def CreateTask(  # noqa: N802, D102 - described in the proto, as all rpcs here
         self, request: task_service_pb2.CreateTaskRequest, context: _Context
     ) -> task_service_pb2.CreateTaskResponse:
+        wrong = list[Violation]()
+        repeat = request_id(request, self._created, wrong)
         answer = await self._manager.create(
             NewTask(
-                training_type=convert.training_type(request.task.training_type),
+                training_type=convert.training_type(request.task.training_type, wrong),
                 parameters=protos.to_dict(request.task.parameters),
                 display_name=request.task.display_name,
                 device=request.task.device,
                 template=request.task.template,
                 task_id=request.task_id,
+                wrong=wrong,
             ),
             start=request.start,
             validate_only=request.validate_only,
             update_template=request.update_template,
-            request=request_id(request, self._created),
+            request=repeat,
         )
         if isinstance(answer, bytes):
             return task_service_pb2.CreateTaskResponse.FromString(answer)
@@ -95,7 +102,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             display_name=request.display_name,
         )
         return task_service_pb2.ListTasksResponse(
-            tasks=[self._encode(task) for task in tasks[:size]],
+            tasks=self._encode_all(tasks[:size]),
             next_page_token=next_page_token("tasks", tasks, size, lambda task: task.key),
         )
 
@@ -135,15 +142,18 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     async def StartTask(  # noqa: N802, D102
         self, request: task_service_pb2.StartTaskRequest, context: _Context
     ) -> task_service_pb2.StartTaskResponse:
-        answer = await self._manager.start(
-            request.name,
-            etag=request.etag,
-            request=request_id(request, self._started),
-            options=StartOptions(
-                resume=convert.resume_choice(request.resume),
-                resume_path=request.resume_path,
-                probe=request.probe,
-            ),
+        violations = list[Violation]()
+        repeat = request_id(request, self._started, violations)
+        options = StartOptions(
+            resume=convert.resume_choice(request.resume, violations),
+            resume_path=request.resume_path,
+            probe=request.probe,
+        )
+        violations += check_resume(bool(request.resume), request.resume_path)
+        if violations:
+            raise InvalidRequest(violations)
+        answer = await self._manager.runs.start(
+            request.name, etag=request.etag, request=repeat, options=options
         )
         if isinstance(answer, bytes):
             return task_service_pb2.StartTaskResponse.FromString(answer)
@@ -152,21 +162,51 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
     async def StopTask(  # noqa: N802, D102
         self, request: task_service_pb2.StopTaskRequest, context: _Context
     ) -> task_service_pb2.StopTaskResponse:
-        task = self._manager.stop(request.name, discard=request.discard)
+        task = self._manager.runs.stop(request.name, discard=request.discard)
         return task_service_pb2.StopTaskResponse(task=self._encode(task))
+
+    async def PauseTask(  # noqa: N802, D102
+        self, request: task_service_pb2.PauseTaskRequest, context: _Context
+    ) -> task_service_pb2.PauseTaskResponse:
+        task = self._manager.runs.pause(request.name)
+        return task_service_pb2.PauseTaskResponse(task=self._encode(task))
+
+    async def ResumeTask(  # noqa: N802, D102
+        self, request: task_service_pb2.ResumeTaskRequest, context: _Context
+    ) -> task_service_pb2.ResumeTaskResponse:
+        violations = list[Violation]()
+        repeat = request_id(request, self._resumed, violations)
+        if violations:
+            raise InvalidRequest(violations)
+        answer = await self._manager.runs.resume(request.name, etag=request.etag, request=repeat)
+        if isinstance(answer, bytes):
+            return task_service_pb2.ResumeTaskResponse.FromString(answer)
+        return self._resumed(answer)
+
+    async def MoveTask(  # noqa: N802, D102
+        self, request: task_service_pb2.MoveTaskRequest, context: _Context
+    ) -> task_service_pb2.MoveTaskResponse:
+        task = self._manager.runs.move(request.name, request.position)
+        return task_service_pb2.MoveTaskResponse(task=self._encode(task))
 
     async def WatchTask(  # noqa: N802, D102
         self, request: task_service_pb2.WatchTaskRequest, context: _Context
     ) -> AsyncIterator[task_service_pb2.WatchTaskResponse]:
         task = self._manager.get(request.name)
         events = self._manager.events
-        cursor = not_negative("after_seq", request.after_seq)
-        events.check_cursor(cursor, task.last_seq, request.log_epoch)
+        after_seq = not_negative("after_seq", request.after_seq)
+        cursor = events.start(task.key, after_seq, task.last_seq, request.log_epoch)
         yield task_service_pb2.WatchTaskResponse(
-            snapshot=task_service_pb2.Snapshot(task=self._encode(task), log_epoch=events.epoch)
+            snapshot=task_service_pb2.Snapshot(
+                task=self._encode(task),
+                log_epoch=events.epoch,
+                first_seq=events.first_seq(task.key),
+            )
         )
         while not self._stopping.is_set():
-            page = events.read(task.key, cursor, PAGE)
+            page = events.read(task.key, cursor, PAGE, most_bytes=_WATCH_BYTES)
+            if page and page[0].seq != cursor + 1:  # deleted while this watcher did not read
+                events.check_kept(cursor, page[0].seq)
             for event in page:
                 cursor = event.seq
                 yield task_service_pb2.WatchTaskResponse(event=event)
@@ -230,24 +270,33 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         self, request: task_service_pb2.ListEventsRequest, context: _Context
     ) -> task_service_pb2.ListEventsResponse:
         violations = check_page_size(request.page_size)
-        if request.run < 0:
-            violations.append(negative("run", request.run))
+        for field, value in (("run", request.run), ("after_seq", request.after_seq)):
+            if value < 0:
+                violations.append(negative(field, value))
         if violations:
             raise InvalidRequest(violations)
         task = self._manager.get(request.parent)
         events = self._manager.events
-        after_seq = not_negative("after_seq", request.after_seq)
-        events.check_cursor(after_seq, task.last_seq)
+        cursor = events.start(task.key, request.after_seq, task.last_seq)
         return task_service_pb2.ListEventsResponse(
-            events=events.read(task.key, after_seq, request.page_size or 500, request.run),
+            events=events.read(
+                task.key, cursor, request.page_size or 500, request.run, _MOST_PAGE_BYTES
+            ),
             last_seq=task.last_seq,
+            first_seq=events.first_seq(task.key),
             log_epoch=events.epoch,
         )
 
     async def ExportTaskConfig(  # noqa: N802, D102
         self, request: task_service_pb2.ExportTaskConfigRequest, context: _Context
     ) -> task_service_pb2.ExportTaskConfigResponse:
-        number = not_negative("run", request.run)
+        violations = list[Violation]()
+        number = request.run
+        if number < 0:
+            violations.append(negative("run", number))
+        file_format = convert.config_format(request.format, violations)
+        if violations:
+            raise InvalidRequest(violations)
         task = self._manager.get(request.name)
         run = self._manager.records.run(task.key, number) if number else None
         if number and run is None:
@@ -257,17 +306,30 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             Settings(
                 task.display_name, number, task.training_type, source.parameters, source.device
             ),
-            convert.config_format(request.format),
+            file_format,
         )
         return task_service_pb2.ExportTaskConfigResponse(
             file_name=file.name, content=file.content, left_out=file.left_out
         )
 
     def _encode(self, task: Task) -> task_pb2.Task:
-        return convert.task(task, self._manager.queue_position(task))
+        return self._encode_all([task])[0]
+
+    def _encode_all(self, tasks: list[Task]) -> list[task_pb2.Task]:
+        positions = dict[int, int]()
+        if any(task.state is TaskState.QUEUED for task in tasks):
+            positions = self._manager.runs.queue_positions()
+        # One that was queued and is not any more was the first, and has begun meanwhile.
+        return [
+            convert.task(task, positions.get(task.key, 1) if task.state is TaskState.QUEUED else 0)
+            for task in tasks
+        ]
 
     def _created(self, task: Task) -> task_service_pb2.CreateTaskResponse:
         return task_service_pb2.CreateTaskResponse(task=self._encode(task))
+
+    def _resumed(self, task: Task) -> task_service_pb2.ResumeTaskResponse:
+        return task_service_pb2.ResumeTaskResponse(task=self._encode(task))
 
     def _started(self, task: Task) -> task_service_pb2.StartTaskResponse:
         return task_service_pb2.StartTaskResponse(task=self._encode(task))

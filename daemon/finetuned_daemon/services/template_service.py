@@ -15,7 +15,6 @@ from finetuned_daemon.services.paging import check_page_size, page_token
 from finetuned_daemon.services.repeats import request_id
 from finetuned_daemon.template_manager import NewTemplate, TemplateManager
 from finetuned_daemon.templates import Template
-from finetuned_daemon.texts import Text
 
 _Context = aio.ServicerContext[Any, Any]
 
@@ -31,16 +30,19 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
         self, request: template_service_pb2.CreateTemplateRequest, context: _Context
     ) -> template_service_pb2.CreateTemplateResponse:
         task = self._manager.get(request.task) if request.task else None
-        training_type = convert.training_type(request.template.training_type)
+        wrong = list[Violation]()
+        training_type = convert.training_type(request.template.training_type, wrong)
+        repeat = request_id(request, _created, wrong)
         answer = self._templates.create(
             NewTemplate(
                 training_type=training_type or (task.training_type if task else None),
                 parameters=protos.to_dict(request.template.parameters),
                 display_name=request.template.display_name,
                 template_id=request.template_id,
+                wrong=wrong,
             ),
             task.parameters if task else None,
-            request_id(request, _created),
+            repeat,
         )
         if isinstance(answer, bytes):
             return template_service_pb2.CreateTemplateResponse.FromString(answer)
@@ -57,13 +59,7 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
     ) -> template_service_pb2.ListTemplatesResponse:
         violations = check_page_size(request.page_size)
         start = page_token("templates", request.page_token, violations)
-        training_type = convert.training_type(request.training_type)
-        if request.training_type and training_type is None:
-            text = Text(
-                f"{request.training_type} is no training type",
-                f"没有训练类型 {request.training_type}",
-            )
-            violations.append(Violation("training_type", text, "NOT_A_CHOICE"))
+        training_type = convert.training_type(request.training_type, violations)
         if violations:
             raise InvalidRequest(violations)
         templates = self._templates.list(training_type, request.display_name)

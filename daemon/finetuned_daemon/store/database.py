@@ -11,10 +11,18 @@ from importlib import resources
 from pathlib import Path
 
 from finetuned_daemon.errors import DiskFull
+from finetuned_daemon.runs.contract import boot_id
+from finetuned_daemon.store import backup, integrity
 
 _log = logging.getLogger(__name__)
 
 _FULL_MESSAGES = ("disk is full", "disk I/O error")
+_MIGRATION_BACKUPS = 3
+
+# Rows of `meta`.
+_EPOCH = "log_epoch"
+_BOOT = "boot_id"
+_CLOSED = "closed"
 
 
 class DatabaseUnusable(Exception):
@@ -27,7 +35,16 @@ class Database:
     SQLite 3.7.0 to 3.51.2 can corrupt a WAL when two connections write and checkpoint at once.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, backups: Path | None = None) -> None:
+        """Opens the database, or makes an empty one, and brings its schema up to date.
+
+        Args:
+            path: The file.
+            backups: Folder for a backup before a migration. None: none is made.
+
+        Raises:
+            DatabaseUnusable: Nothing was changed, or migrations up to one of them were done.
+        """
         self.path = path
         try:
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=5)
@@ -36,16 +53,15 @@ class Database:
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute("PRAGMA foreign_keys = ON")
             self._connection.execute("PRAGMA mmap_size = 0")
-            self.schema_version = self._migrate()
+            self.schema_version = self._migrate(backups)
         except sqlite3.DatabaseError as error:
-            raise DatabaseUnusable(
-                f"{path} can't be used: {error}. Nothing was changed. Move it aside (with "
-                f"{path.name}-wal and {path.name}-shm) to start with an empty one; the run folders "
-                "beside it keep every run's spec, events and result."
-            ) from error
+            raise DatabaseUnusable(explain(path, error)) from error
         self._durable = True
         self._after_commit: list[Callable[[], None]] = []
-        self.log_epoch = self._epoch()
+        try:
+            self.log_epoch = self._begin()
+        except DiskFull as error:
+            raise DatabaseUnusable(explain(path, error.__cause__)) from error
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool) -> Generator[sqlite3.Connection]:
@@ -91,12 +107,32 @@ class Database:
         rows = self.query(sql, *values)
         return rows[0] if rows else None
 
+    def oldest_record(self) -> int | None:
+        """When the first task or template was made, as their records have it; None: none."""
+        row = self.query_one(
+            "SELECT min(create_time) AS first FROM (SELECT create_time FROM tasks "
+            "UNION ALL SELECT create_time FROM templates)"
+        )
+        return row["first"] if row else None
+
+    def new_epoch(self) -> None:
+        """Begins a new log: every cursor into the old one is told so."""
+        self.log_epoch = secrets.token_hex(8)
+        with self.transaction(durable=True) as connection:
+            _put(connection, _EPOCH, self.log_epoch)
+
     def close(self) -> None:
-        """Checkpoints and closes."""
+        """Notes that nothing is lost, checkpoints, and closes."""
+        try:
+            with self.transaction(durable=True) as connection:
+                _put(connection, _CLOSED, "1")
+        except DiskFull as error:
+            # The next start takes it for a daemon that was killed.
+            _log.warning("%s", error)
         self._connection.close()
 
-    def _migrate(self) -> int:
-        version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+    def _migrate(self, backups: Path | None) -> int:
+        version = integrity.version_of(self._connection)
         scripts = {
             int(entry.name.split("_")[0]): entry.read_text("utf-8")
             for entry in resources.files("finetuned_daemon.store").joinpath("migrations").iterdir()
@@ -108,19 +144,68 @@ class Database:
                 f"{self.path} was written by a newer version of finetuned (schema {version}, this "
                 f"one knows {newest}). Install that version again; nothing was changed."
             )
+        if backups is not None and 0 < version < newest:
+            self._back_up(backups)
         for number in range(version + 1, newest + 1):
             # One transaction each, the version in it: a crash leaves the version before or after.
-            self._connection.executescript(
-                f"BEGIN IMMEDIATE;\n{scripts[number]}\nPRAGMA user_version = {number};\nCOMMIT;"
-            )
+            try:
+                self._connection.executescript(
+                    f"BEGIN IMMEDIATE;\n{scripts[number]}\nPRAGMA user_version = {number};\nCOMMIT;"
+                )
+            except sqlite3.Error:
+                self._connection.close()  # which rolls back
+                raise
             _log.info("database migrated to schema %d", number)
         return newest
 
-    def _epoch(self) -> str:
-        row = self.query_one("SELECT value FROM meta WHERE key = 'log_epoch'")
-        if row is not None:
-            return str(row["value"])
-        epoch = secrets.token_hex(8)
+    def _back_up(self, folder: Path) -> None:
+        try:
+            made = backup.make(self.path, folder, backup.Cause.MIGRATION, keep=_MIGRATION_BACKUPS)
+        except backup.BackupFailed as error:
+            raise DatabaseUnusable(
+                f"{error}. It comes before a migration, so nothing was changed; make room, and "
+                "start again."
+            ) from error
+        _log.info("backed up into %s before the migration", made.path)
+
+    def _begin(self) -> str:
+        """The epoch of the log: a new one where its end may be lost.
+
+        Events are not synced one by one, so that a loss of power may take back some that watchers
+        have seen, and their numbers would be given again.
+        """
+        is_lost = may_have_lost_its_end(self._connection)
+        epoch = secrets.token_hex(8) if is_lost else _get(self._connection, _EPOCH)
         with self.transaction(durable=True) as connection:
-            connection.execute("INSERT INTO meta VALUES ('log_epoch', ?)", (epoch,))
-        return epoch
+            _put(connection, _EPOCH, epoch or secrets.token_hex(8))
+            _put(connection, _BOOT, boot_id())
+            _put(connection, _CLOSED, "0")
+        if is_lost:
+            _log.warning(
+                "the machine went down while the last daemon ran: events of its last moments may "
+                "be lost, and watchers begin anew"
+            )
+        return _get(self._connection, _EPOCH)
+
+
+def may_have_lost_its_end(connection: sqlite3.Connection) -> bool:
+    """Whether the machine went down under the daemon that had the database last."""
+    before = _get(connection, _BOOT)
+    return bool(before) and before != boot_id() and _get(connection, _CLOSED) != "1"
+
+
+def explain(path: Path, error: BaseException | None) -> str:
+    """What to do about an error that the machine gave, not the file."""
+    return (
+        f"{path} can't be used: {error}. Nothing is lost, and nothing was moved. See to the disk "
+        f"of {path.parent} (room, rights, its health), and start again."
+    )
+
+
+def _get(connection: sqlite3.Connection, key: str) -> str:
+    row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return str(row["value"]) if row else ""
+
+
+def _put(connection: sqlite3.Connection, key: str, value: str) -> None:
+    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))

@@ -56,3 +56,48 @@ class EventRows:
         """Newest `seq` of a task; None once the task is deleted."""
         row = self._database.query_one("SELECT last_seq FROM tasks WHERE key = ?", task_key)
         return None if row is None else int(row["last_seq"])
+
+    def first_seq(self, task_key: int) -> int:
+        """Oldest `seq` that is kept, or the next one to come where there is none."""
+        row = self._database.query_one("SELECT first_seq FROM tasks WHERE key = ?", task_key)
+        return 1 if row is None else int(row["first_seq"])
+
+    def too_long(self, most: int) -> list[int]:
+        """Keys of ended tasks that have more events, some of them of earlier runs."""
+        rows = self._database.query(
+            f"SELECT key FROM tasks WHERE last_seq - first_seq + 1 > ? AND {_HAS_ENDED} "  # noqa: S608 - no value in it
+            f"AND first_seq < {_NEWEST_RUNS_FIRST}",
+            most,
+        )
+        return [row["key"] for row in rows]
+
+    def trim(self, task_key: int, most: int, at_once: int) -> bool:
+        """Deletes the oldest events beyond `most`, never those of the newest run.
+
+        Only while the task has no run under way.
+
+        Returns:
+            Whether there is more to delete than `at_once`.
+        """
+        with self._database.transaction(durable=False) as connection:
+            row = connection.execute(
+                f"SELECT first_seq, min(last_seq - ? + 1, {_NEWEST_RUNS_FIRST}) AS goal "  # noqa: S608
+                f"FROM tasks WHERE key = ? AND {_HAS_ENDED}",
+                (most, task_key),
+            ).fetchone()
+            if row is None or row["goal"] is None or row["first_seq"] >= row["goal"]:
+                return False
+            first = min(row["goal"], row["first_seq"] + at_once)
+            connection.execute(
+                "DELETE FROM events WHERE task_key = ? AND seq < ?", (task_key, first)
+            )
+            connection.execute("UPDATE tasks SET first_seq = ? WHERE key = ?", (first, task_key))
+            return bool(first < row["goal"])
+
+
+_HAS_ENDED = "state IN ('PENDING', 'COMPLETED', 'STOPPED', 'FAILED')"
+# The events of a run lie one behind the other, and the newest run's are the last.
+_NEWEST_RUNS_FIRST = (
+    "(SELECT min(seq) FROM events WHERE task_key = tasks.key "
+    "AND run = (SELECT max(number) FROM runs WHERE task_key = tasks.key))"
+)

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
 
+from finetuned_daemon.limits import Limits
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import (
     EndReason,
@@ -17,14 +18,18 @@ from finetuned_daemon.runs.contract import (
     TrainingType,
 )
 from finetuned_daemon.store.database import Database
-from finetuned_daemon.tasks import Run, Standing, Task, TaskState
+from finetuned_daemon.tasks import PauseReason, Run, Standing, Task, TaskState
+
+_LOOKED_AT_EVERY = 1000
+"""Answers kept between two looks at how many there are."""
 
 
 class Records:
     """Reads and writes of whole tasks and runs. Writes take the connection of a transaction."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, limits: Limits | None = None) -> None:
         self._database = database
+        self._limits = limits or Limits()
 
     # --- tasks
 
@@ -66,8 +71,29 @@ class Records:
         )
         return [_task(row) for row in rows]
 
+    def count(self, state: TaskState | None = None) -> int:
+        """How many tasks there are, in a state or in all."""
+        row = self._database.query_one(
+            "SELECT count(*) AS number FROM tasks WHERE ? IS NULL OR state = ?", state, state
+        )
+        return int(row["number"]) if row else 0
+
+    def check_room(self, run: Run) -> None:
+        """Holds the bounds on the queue and on the runs of a task.
+
+        Raises:
+            LimitReached: There is no room for the run.
+        """
+        self._limits.check("queued_tasks", self.count(TaskState.QUEUED))
+        self._limits.check("runs", run.number - 1)
+
     def insert_task(self, connection: sqlite3.Connection, task: Task) -> Task:
-        """Writes a new task; returns it with its key."""
+        """Writes a new task; returns it with its key.
+
+        Raises:
+            LimitReached: There are as many as there may be.
+        """
+        self._limits.check("tasks", self.count())
         columns = _task_columns(task)
         cursor = connection.execute(insert("tasks", columns), columns)
         return replace(task, key=int(cursor.lastrowid or 0))
@@ -106,9 +132,26 @@ class Records:
     def active_runs(self) -> list[Run]:
         """Every run that is QUEUED or RUNNING, in the order of the queue."""
         rows = self._database.query(
-            "SELECT * FROM runs WHERE state IN ('QUEUED', 'RUNNING') ORDER BY key"
+            "SELECT * FROM runs WHERE state IN ('QUEUED', 'RUNNING') ORDER BY place, key"
         )
         return [_run(row) for row in rows]
+
+    def paused_runs(self) -> list[Run]:
+        """Every run that is PAUSED."""
+        rows = self._database.query("SELECT * FROM runs WHERE state = 'PAUSED' ORDER BY key")
+        return [_run(row) for row in rows]
+
+    def queue(self) -> list[tuple[int, str]]:
+        """Task and device of every run that is QUEUED, in the order of the queue."""
+        rows = self._database.query(
+            "SELECT task_key, device FROM runs WHERE state = 'QUEUED' ORDER BY place, key"
+        )
+        return [(row["task_key"], row["device"]) for row in rows]
+
+    def next_place(self, connection: sqlite3.Connection) -> int:
+        """The place behind everybody's in the queue."""
+        row = connection.execute("SELECT coalesce(max(place), 0) + 1 AS next FROM runs").fetchone()
+        return int(row["next"])
 
     def tasks_with_outputs_below(self, folder: str) -> list[str]:
         """Ids of the tasks whose runs have output folders below a folder, by id."""
@@ -159,8 +202,11 @@ class Records:
 class Answers:
     """Answers by request id."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, most: int) -> None:
+        """Takes how many are kept."""
         self._database = database
+        self._most = most
+        self._until_look = 0
 
     def answer(self, request_id: str) -> tuple[bytes, bytes] | None:
         """Digest of the request and serialized answer, if this id was answered."""
@@ -179,8 +225,16 @@ class Answers:
         now: int,
         forget_before: int,
     ) -> None:
-        """Keeps an answer, and drops those older than `forget_before`."""
+        """Keeps an answer, and drops those older than `forget_before`, and the oldest of many."""
         connection.execute("DELETE FROM requests WHERE time < ?", (forget_before,))
+        if not self._until_look:  # counting them takes a while
+            self._until_look = min(_LOOKED_AT_EVERY, self._most)
+            connection.execute(
+                "DELETE FROM requests WHERE time <= (SELECT time FROM requests "
+                "ORDER BY time DESC LIMIT 1 OFFSET ?)",
+                (self._most - 1,),
+            )
+        self._until_look -= 1
         connection.execute(
             "INSERT INTO requests (request_id, digest, answer, time) VALUES (?, ?, ?, ?)",
             (request_id, digest, answer, now),
@@ -219,6 +273,7 @@ def _task_columns(task: Task) -> dict[str, object]:
         "end_time": task.end_time,
         "last_seq": task.last_seq,
         "revision": task.revision,
+        "pause_reason": task.pause_reason,
         "before_probe": task.before_probe.model_dump_json() if task.before_probe else None,
     }
 
@@ -245,6 +300,7 @@ def _task(row: sqlite3.Row) -> Task:
         end_time=row["end_time"],
         last_seq=row["last_seq"],
         revision=row["revision"],
+        pause_reason=PauseReason(row["pause_reason"]) if row["pause_reason"] else None,
         before_probe=Standing.model_validate_json(row["before_probe"])
         if row["before_probe"]
         else None,
@@ -276,6 +332,12 @@ def _run_columns(run: Run) -> dict[str, object]:
         "saved_checkpoints": run.saved_checkpoints,
         "retry": run.retry,
         "is_probe": run.is_probe,
+        "place": run.place,
+        "attempt": run.attempt,
+        "starts": run.starts,
+        "pause": run.pause,
+        "resume_path": run.resume_path,
+        "request_id": run.request_id,
         "ingested_bytes": run.ingested_bytes,
         "ingested_seq": run.ingested_seq,
     }
@@ -308,6 +370,12 @@ def _run(row: sqlite3.Row) -> Run:
         saved_checkpoints=row["saved_checkpoints"],
         retry=row["retry"],
         is_probe=bool(row["is_probe"]),
+        place=row["place"],
+        attempt=row["attempt"],
+        starts=row["starts"],
+        pause=PauseReason(row["pause"]) if row["pause"] else None,
+        resume_path=row["resume_path"],
+        request_id=row["request_id"],
         ingested_bytes=row["ingested_bytes"],
         ingested_seq=row["ingested_seq"],
     )

@@ -21,7 +21,7 @@ from finetuned_daemon.planning.model_files import (
     read_tensors,
 )
 from finetuned_daemon.runs.contract import TrainingType
-from finetuned_daemon.runs.manifest import MANIFEST, STATE_FILES, Manifest
+from finetuned_daemon.runs.manifest import MANIFEST, STATE_FILES, Manifest, strange_names
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.extensions import as_begun, check_resumed
 from finetuned_daemon.validation.paths import check_file, check_folder, read_json
@@ -204,6 +204,9 @@ def what_lacks(folder: Path) -> Text | None:
         manifest = Manifest.model_validate(values)
     except ValidationError:
         return Text(f"its {MANIFEST} can't be read", f"无法读取其 {MANIFEST}")
+    if strange := strange_names(folder, {*STATE_FILES, *manifest.files}):
+        names = ", ".join(strange)
+        return Text(f"{names} is no file of a checkpoint", f"{names} 不是检查点的文件")
     wanted = {*STATE_FILES, *manifest.files}
     missing = sorted(name for name in wanted if not (folder / name).is_file())
     if missing:

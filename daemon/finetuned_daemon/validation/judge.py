@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetuned._paths import Paths
 from finetuned_daemon.devices import Device, choose_device, list_devices
 from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.errors import Violation
@@ -17,6 +18,7 @@ from finetuned_daemon.store.records import Records
 from finetuned_daemon.tasks import Task
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import by_severity, check, errors, resolve
+from finetuned_daemon.validation.paths import own_folders
 from finetuned_daemon.validation.surroundings import Surroundings
 
 
@@ -42,9 +44,10 @@ class Judgement:
 class Judge:
     """The one way by which create, update, start, validate and estimate come to a judgement."""
 
-    def __init__(self, records: Records, environment: Environment) -> None:
+    def __init__(self, records: Records, environment: Environment, paths: Paths) -> None:
         self._records = records
         self._environment = environment
+        self._own_folders = own_folders(paths)
 
     async def judge(
         self,
@@ -73,6 +76,7 @@ class Judge:
             has_bitsandbytes=self._environment.has_bitsandbytes(),
             packages=self._environment.packages(),
             model_types=self._environment.model_types(),
+            own_folders=self._own_folders,
             output_within=self._within_results(resolved.data.output_dir),
             output_owner=self._other_owner(resolved.data.output_dir, task),
         )

@@ -122,11 +122,11 @@ def _check_adapter_folder(path: Path, *, attaches: bool) -> Generator[Violation,
             f"{path} holds LoRA weights alone; give the folder of their base model ({base})",
             f"{path} 中只有 LoRA 权重；请填写其基础模型的目录（{base}）",
         )
-        yield Violation(
-            _FIELD, sentence, "MODEL_IS_ADAPTER", suggested=base if Path(base).is_dir() else None
-        )
+        is_there = Path(base).is_absolute() and Path(base).is_dir()
+        yield Violation(_FIELD, sentence, "MODEL_IS_ADAPTER", suggested=base if is_there else None)
         return None
-    if not (Path(base) / "config.json").is_file():
+    # A relative one, such as a name on the hub, would mean another folder to each process.
+    if not Path(base).is_absolute() or not (Path(base) / "config.json").is_file():
         sentence = Text(
             f"the base model of the LoRA weights in {path} is not there: {base}",
             f"{path} 中 LoRA 权重的基础模型不存在：{base}",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetuned._paths import Paths
 from finetuned_daemon.errors import Violation
+from finetuned_daemon.json_file import NotJson, read_json_file
 from finetuned_daemon.texts import Text
-
-_LARGEST_JSON = 64 << 20
-"""A tokenizer_config.json of a real model has some hundred kilobytes."""
 
 
 def check_path(field: str, text: str) -> list[Violation]:
@@ -25,6 +23,25 @@ def check_path(field: str, text: str) -> list[Violation]:
         )
         return [Violation(field, sentence, "NOT_ABSOLUTE")]
     return []
+
+
+def own_folders(paths: Paths) -> tuple[str, ...]:
+    """The daemon's own folders, with no link in them."""
+    return tuple(os.path.realpath(folder) for folder in (paths.state_dir, paths.runtime_dir))
+
+
+def check_outside(field: str, text: str, own: Sequence[str]) -> list[Violation]:
+    """A path that leads into none of the daemon's own folders, by whatever links."""
+    if check_path(field, text):  # said by another check
+        return []
+    real = os.path.realpath(text)
+    if not any(real == folder or real.startswith(f"{folder}{os.sep}") for folder in own):
+        return []
+    sentence = Text(
+        f"{text} lies in a folder of the daemon's own, which holds its database and its token",
+        f"{text} 位于守护进程自己的目录内，其中有数据库和令牌",
+    )
+    return [Violation(field, sentence, "IN_DAEMON_FOLDER")]
 
 
 def check_file(field: str, text: str) -> list[Violation]:
@@ -40,7 +57,7 @@ def check_file(field: str, text: str) -> list[Violation]:
         if not path.exists():
             sentence = Text(f"there is no file {text}", f"文件 {text} 不存在")
             return [Violation(field, sentence, "FILE_NOT_FOUND")]
-        if not path.is_file():
+        if not path.is_file() or _is_of_the_kernel(text):
             sentence = Text(f"{text} is no ordinary file", f"{text} 不是普通文件")
             return [Violation(field, sentence, "NOT_A_FILE")]
     except OSError as error:  # a name too long, a loop of links
@@ -64,6 +81,11 @@ def check_folder(field: str, text: str) -> list[Violation]:
     except OSError as error:
         return [unusable(field, text, error)]
     return _check_readable(field, path, os.R_OK | os.X_OK)
+
+
+def _is_of_the_kernel(text: str) -> bool:
+    """Whether a file is none of a disk: those of /proc tell secrets of processes."""
+    return os.path.realpath(text).startswith(("/proc/", "/sys/"))
 
 
 def _check_readable(field: str, path: Path, mode: int) -> list[Violation]:
@@ -90,10 +112,6 @@ def starts_with(path: Path, magic: bytes) -> bool:
 def read_json(path: Path) -> Any:
     """The JSON in a file; None where there is none that can be read."""
     try:
-        found = path.stat()
-        # A pipe would be waited for.
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_JSON:
-            return None
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json_file(path)
+    except (OSError, NotJson):
         return None

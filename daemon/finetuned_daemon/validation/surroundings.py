@@ -23,6 +23,8 @@ class Surroundings:
     """Packages of the training environment, of those that are asked for; None: not asked yet."""
     model_types: frozenset[str] | None = None
     """`model_type`s that the training environment knows; None: it was not asked yet."""
+    own_folders: tuple[str, ...] = ()
+    """Folders of the daemon's own, with no link in them: no path of a run may lie there."""
     output_within: str = ""
     """A task in one of whose runs' folders the output folder lies, by its name; empty: none."""
     output_owner: str = ""

@@ -20,7 +20,12 @@ from finetuned_daemon.validation.checkpoint import (
     check_peft_config,
 )
 from finetuned_daemon.validation.model import check_model, check_tokenizer
-from finetuned_daemon.validation.paths import check_file, check_path, unusable
+from finetuned_daemon.validation.paths import (
+    check_file,
+    check_outside,
+    check_path,
+    unusable,
+)
 from finetuned_daemon.validation.rules import (
     check_evaluations,
     check_warmup,
@@ -37,6 +42,9 @@ def check_world(
     parameters: Parameters, training_type: TrainingType, surroundings: Surroundings
 ) -> Iterator[Violation]:
     """Judges every file and folder that is given."""
+    inside = list(_check_outside(parameters, surroundings))
+    yield from inside
+    parameters = _without(parameters, {violation.field for violation in inside})
     data = parameters.data
     train: Scan | None = None
     if data.train_file:
@@ -65,6 +73,35 @@ def check_world(
     # Chats are samples. How many blocks documents make takes a tokenizer: an estimate knows.
     if train is not None and training_type is TrainingType.SFT:
         yield from _check_counts(parameters, train.samples)
+
+
+_PATHS = (
+    "data.train_file",
+    "data.eval_file",
+    "data.model_path",
+    "data.tokenizer_path",
+    "data.output_dir",
+    "data.resume_from_checkpoint",
+    "lora.peft_config_path",
+)
+
+
+def _check_outside(parameters: Parameters, surroundings: Surroundings) -> Iterator[Violation]:
+    """No path leads to the daemon's database, token or run folders, to read or to write."""
+    for field in _PATHS:
+        section, name = field.split(".")
+        text: str | None = getattr(getattr(parameters, section), name)
+        if text:
+            yield from check_outside(field, text, surroundings.own_folders)
+
+
+def _without(parameters: Parameters, fields: set[str]) -> Parameters:
+    """The parameters without these fields, of which all is said."""
+    for field in fields:
+        section, name = field.split(".")
+        part = getattr(parameters, section).model_copy(update={name: None})
+        parameters = parameters.model_copy(update={section: part})
+    return parameters
 
 
 def _trains_lora(parameters: Parameters, training_type: TrainingType) -> bool:

@@ -1,0 +1,42 @@
+"""What a check needs of tasks and runs, of a database of any version."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunOutline:
+    """A run, as far as its folder can be held against it."""
+
+    name: str
+    state: str
+    run_dir: str
+    attempt: int
+    ingested_seq: int
+
+    @property
+    def attempt_dir(self) -> Path:
+        """As `Run.attempt_dir`."""
+        folder = Path(self.run_dir)
+        return folder if self.attempt == 1 else folder / f"attempt-{self.attempt}"
+
+
+def outline(connection: sqlite3.Connection) -> tuple[set[str], list[RunOutline]]:
+    """The ids of all tasks, and their runs."""
+    tasks = {row["task_id"] for row in connection.execute("SELECT task_id FROM tasks")}
+    rows = connection.execute(
+        "SELECT runs.*, tasks.task_id FROM runs JOIN tasks ON tasks.key = task_key"
+    ).fetchall()
+    return tasks, [
+        RunOutline(
+            name=f"tasks/{row['task_id']} run {row['number']}",
+            state=row["state"],
+            run_dir=row["run_dir"],
+            attempt=row["attempt"] if "attempt" in row.keys() else 1,  # noqa: SIM118 - not a dict
+            ingested_seq=row["ingested_seq"],
+        )
+        for row in rows
+    ]
