@@ -56,6 +56,7 @@ from finetuned_daemon.tasks import PauseReason, Run
 _log = logging.getLogger(__name__)
 
 _DISK_FULL_RETRY_SECONDS = 2.0
+_FAULT_RETRY_SECONDS = 1.0
 _TRAINING = (RunPhase.TRAINING, RunPhase.EVALUATING, RunPhase.SAVING)
 _PROBE_PREFIX = ".finetuned-probe-"
 
@@ -284,7 +285,19 @@ class Supervisor:
 
     def _watch(self, live: _Live) -> None:
         self._live[live.run.key] = live
-        live.watcher = asyncio.get_running_loop().create_task(self._follow(live))
+        live.watcher = asyncio.get_running_loop().create_task(self._keep_following(live))
+
+    async def _keep_following(self, live: _Live) -> None:
+        """Follows a run to its end, whatever goes wrong on the way: nobody else would notice it."""
+        while True:
+            try:
+                await self._follow(live)
+                return
+            except Exception:  # noqa: BLE001 - a fault of ours; the run must not stay RUNNING
+                _log.exception("run %d can't be followed; trying again", live.run.key)
+            if self._live.get(live.run.key) is not live:
+                return
+            await asyncio.sleep(_FAULT_RETRY_SECONDS)
 
     async def _follow(self, live: _Live) -> None:
         task, run = self._keeper.task_of(live.run), live.run
