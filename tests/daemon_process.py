@@ -45,6 +45,11 @@ def eventually(look: Callable[[], T | None], what: str, seconds: float = 20.0) -
         time.sleep(0.01)
 
 
+def _python_path() -> str:
+    """The fake runner's folder, before what the tests were started with."""
+    return os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+
+
 class Daemon:
     """One state folder, and the daemon that serves it at present."""
 
@@ -57,13 +62,14 @@ class Daemon:
         """For the daemon, beside that of the tests."""
         self.log = root / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self._spawned = list[subprocess.Popen[bytes]]()
         self._channel: grpc.Channel | None = None
 
     def start(self) -> Daemon:
         """Starts a daemon and waits until it serves."""
         self.process = self.spawn()
         try:
-            eventually(self._serves, "the daemon serves")
+            eventually(self._serves, "the daemon serves", 60)  # also where others load the machine
         except AssertionError:
             self.close()
             raise
@@ -72,18 +78,20 @@ class Daemon:
     def spawn(self) -> subprocess.Popen[bytes]:
         """Starts a daemon process and does not wait."""
         with open(self.log, "ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "finetuned_daemon.main", "serve"),
                     *("--state-dir", str(self.paths.state_dir)),
                     *("--runtime-dir", str(self.paths.runtime_dir)),
                     *self.options,
                 ],
-                env={**os.environ, "PYTHONPATH": str(TESTS), **self.environment},
+                env={**os.environ, "PYTHONPATH": _python_path(), **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+        self._spawned.append(process)
+        return process
 
     def _serves(self) -> bool:
         assert self.process is not None
@@ -114,6 +122,10 @@ class Daemon:
         """Ends the daemon and every runner that is left."""
         if self.process is not None and self.process.poll() is None:
             self.kill()
+        for one in self._spawned:  # one that should have ended by itself, and did not
+            if one.poll() is None:
+                one.kill()
+                one.wait()
         for process in psutil.process_iter(["cmdline"]):
             command = process.info["cmdline"] or [""]
             if command[-1].startswith(str(self.paths.state_dir)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,16 @@ from finetuned.v1 import system_service_pb2, system_service_pb2_grpc
 def tcp_address(daemon: Daemon, number: int = 0) -> str:
     """The address of the `number`th `--listen`."""
     return str(json.loads(daemon.paths.endpoint.read_bytes())["addresses"][1 + number])
+
+
+def has_ipv6() -> bool:
+    """Whether this machine has the loopback address of IPv6; many containers have not."""
+    try:
+        with socket.socket(socket.AF_INET6) as one:
+            one.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def bearer(token: str | Path) -> tuple[tuple[str, str], ...]:

@@ -8,6 +8,8 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from conftest import REPOSITORY
 
 
@@ -37,6 +39,16 @@ def test_a_plain_install_is_the_thin_client() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     names = {requirement.split(">")[0].split("=")[0] for requirement in project["dependencies"]}
     assert names == {"grpcio", "grpcio-status", "platformdirs", "protobuf"}
+
+
+@pytest.mark.parametrize("module", ["finetuned.cli", "finetuned_daemon"])
+def test_the_commands_run_as_modules_too(module: str) -> None:
+    """Where the scripts are not on the PATH, or Python is to be chosen."""
+    asked = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert "usage:" in asked.stdout.lower()
 
 
 def test_what_make_installs_is_pinned() -> None:

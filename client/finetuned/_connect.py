@@ -224,14 +224,16 @@ def _content(endpoint_file: Path) -> dict[str, object]:
     """What the daemon has left there; empty where nothing of a daemon's is."""
     try:
         content: object = json.loads(_read(endpoint_file) or "{}")
-    except ValueError:  # half written by something else than a daemon
+    except (ValueError, RecursionError):  # written by something else than a daemon
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _addresses(content: dict[str, object]) -> list[str]:
     addresses = content.get("addresses")
-    return [str(a) for a in addresses] if isinstance(addresses, list) else []
+    if not isinstance(addresses, list):
+        return []
+    return [a for a in addresses if isinstance(a, str) and a.isprintable()]
 
 
 def _lives(content: dict[str, object]) -> bool:

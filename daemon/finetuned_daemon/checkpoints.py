@@ -232,12 +232,12 @@ class Checkpoints:
         """
         found = await asyncio.to_thread(list_checkpoints, [run])
         chosen, passed = await asyncio.to_thread(choose, found, ResumeChoice.NEWEST_CHECKPOINT)
+        begins = chosen.path if chosen else run.parameters.data.resume_from_checkpoint
+        how = f"goes on from {begins}" if begins else "begins anew"
+        notices = [*_gone(run, found, chosen, how), *_passed_over(passed, how)]
         if chosen is None:
-            begun = run.parameters.data.resume_from_checkpoint
-            how = f"goes on from {begun}" if begun else "begins anew"
-            return "", Resumed(run.parameters, _passed_over(passed, how))
-        parameters = resuming(run.parameters, training_type, chosen.path)
-        return chosen.path, Resumed(parameters, _passed_over(passed, f"goes on from {chosen.path}"))
+            return "", Resumed(run.parameters, notices)
+        return chosen.path, Resumed(resuming(run.parameters, training_type, chosen.path), notices)
 
     def check_there(self, parameters: Parameters) -> None:
         """Raises WrongState where somebody deletes what a run would go on from."""
@@ -345,6 +345,25 @@ def _passed_over(passed: Sequence[Checkpoint], how: str) -> list[Notice]:
             f"the run {how}.",
         )
         for broken in passed
+    ]
+
+
+def _gone(
+    run: Run, found: Sequence[Checkpoint], chosen: Checkpoint | None, how: str
+) -> list[Notice]:
+    """Says where the newest checkpoint that a run has reported is not among those that stand."""
+    newest = Path(run.last_checkpoint)
+    match = _CHECKPOINT.fullmatch(newest.name)
+    if match is None or any(Path(c.path).name == newest.name for c in found):
+        return []
+    if chosen is not None and chosen.step > int(match[1]):
+        return []
+    return [
+        Notice(
+            field="data.resume_from_checkpoint",
+            reason="CHECKPOINT_GONE",
+            message=f"{newest} is gone; the run {how}.",
+        )
     ]
 
 

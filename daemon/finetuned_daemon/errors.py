@@ -71,7 +71,11 @@ class InvalidRequest(DaemonError):
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
-        super().__init__("; ".join(f"{v.field}: {v.message.en}" for v in self.violations))
+        super().__init__(
+            "; ".join(
+                f"{v.field}: {v.message.en}" if v.field else v.message.en for v in self.violations
+            )
+        )
 
 
 class NotFound(DaemonError):

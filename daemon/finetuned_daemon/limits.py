@@ -162,7 +162,8 @@ LIMITS: tuple[Limit, ...] = (
         unit="tasks",
         bounds="tasks that wait for a device",
         option=True,
-        error="{limit:,} tasks wait for a device; let some run or stop them first",
+        error="at most {limit:,} may wait for a device, and no more; let some run, stop some, or "
+        "start the daemon with a higher --most-queued-tasks",
     ),
     Limit(
         name="runs",

@@ -20,7 +20,6 @@ from finetuned_daemon.instance import AlreadyServing, Instance
 from finetuned_daemon.limits import LIMITS, Limits, raise_open_files
 from finetuned_daemon.listen import BadAddress, parse_listen
 from finetuned_daemon.privacy import FolderUnsafe
-from finetuned_daemon.server import serve
 from finetuned_daemon.store.database import DatabaseUnusable
 from finetuned_daemon.store.files import FolderRemote, refuse_network
 from finetuned_daemon.tls import TLSFiles, TLSUnusable
@@ -46,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(config: Config) -> int:
     """Runs the daemon in the foreground; returns the exit status."""
+    # Half of what takes time before `finetuned token` answers, and only this command needs it.
+    from finetuned_daemon.server import serve
+
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal is no reason to end
     try:

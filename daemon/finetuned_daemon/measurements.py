@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetuned_daemon.devices import Device
+from finetuned_daemon.devices import Device, list_devices
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.parameters.needs import effective_optimizer
+from finetuned_daemon.planning.model_files import ModelUnreadable, base_folder
 from finetuned_daemon.runs.contract import ProbeReport, TrainingType
+from finetuned_daemon.tasks import Run, now_us
 
 _WEIGHTS = (".safetensors", ".bin")
 _KERNELS = ("attn_implementation", "use_liger_kernel", "torch_compile")
@@ -44,6 +46,26 @@ class Measurement:
     training_type: TrainingType
     parameters: Parameters
     report: ProbeReport
+
+
+def measured_by(run: Run, training_type: TrainingType, report: ProbeReport) -> Measurement | None:
+    """What a probe's report is to later estimates; None where it can't be told what of."""
+    path = Path(run.parameters.data.model_path or "")
+    devices = [device for device in list_devices() if device.id == run.device]
+    try:
+        model = model_key(base_folder(path))
+    except (OSError, ModelUnreadable):
+        return None
+    if not devices:  # it has gone meanwhile
+        return None
+    return Measurement(
+        time=now_us(),
+        model=model,
+        device=device_key(devices[0]),
+        training_type=training_type,
+        parameters=run.parameters,
+        report=report,
+    )
 
 
 def model_key(folder: Path) -> str:

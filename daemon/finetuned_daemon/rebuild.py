@@ -185,7 +185,15 @@ class Rebuilder:
         run = self._begin(run, found)
         for attempt in range(run.attempt, found.attempts + 1):
             if attempt != run.attempt:
-                run = replace(run, attempt=attempt, ingested_bytes=0, ingested_seq=0, identity=None)
+                spec = found.bundle(attempt).read_spec()
+                run = replace(
+                    run,
+                    attempt=attempt,
+                    ingested_bytes=0,
+                    ingested_seq=0,
+                    identity=None,
+                    request_id=spec.request_id if spec else run.request_id,
+                )
             more, before = True, -1
             while more or run.ingested_bytes != before:
                 before = run.ingested_bytes

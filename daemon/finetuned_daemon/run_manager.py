@@ -467,6 +467,7 @@ class RunManager:
         run = replace(
             run,
             resume_path=prepared.resume_path,
+            last_checkpoint=prepared.resume_path,
             planned_checkpoints=planned,
             saved_checkpoints=0,
         )
@@ -522,8 +523,25 @@ class RunManager:
             if str(error) != waiting.trouble:
                 waiting.trouble = str(error)
                 _log.warning("run %d of %s stays paused: %s", run.number, task.name, error)
+                self._say_refused(run, error)
             return
         self._waiting[run.key] = waiting  # until it is seen whether it gets any further
+
+    def _say_refused(self, run: Run, error: DaemonError | OSError) -> None:
+        """Tells watchers why a run can't go on by itself, where it is not for want of space."""
+        now = self._records.run(run.task_key, run.number)
+        if now is None or now.pause is not run.pause or now.attempt != run.attempt:
+            return  # it is not what it was: nobody waits for this
+        if isinstance(error, DiskFull):
+            return
+        message = (
+            f"There is room on the disk again, but the run can't go on by itself: {error}. "
+            "It is tried again."
+        )
+        try:
+            self._keeper.resume_refused(now, message)
+        except DiskFull as full:
+            _log.error("%s", full)
 
     def _waits(self, run: Run) -> _Waiting:
         """What is known of a waiting run, brought up to date."""

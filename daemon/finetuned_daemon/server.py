@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from grpc import aio
@@ -81,17 +82,21 @@ async def serve(config: Config, instance: Instance) -> None:
     app = App(config, database)
     edge = Edge(access, app.limits)
     server = aio.server(interceptors=[edge], options=_options(app.limits))
+    # Of its own, so that it is known of a call how it came before anything of it is read.
+    tcp = aio.server(interceptors=[edge.for_tcp()], options=_options(app.limits))
     addresses = [f"unix:{config.paths.socket}"]
     # gRPC takes the path for part of a URI: a percent sign or a blank in it must be encoded.
     server.add_insecure_port(f"unix:{quote(str(config.paths.socket))}")
     config.paths.socket.chmod(0o600)
-    addresses += bind(server, config.listen, config.tls)
+    addresses += bind(tcp, config.listen, config.tls)
+    servers = (server, tcp) if config.listen else (server,)
     statuses = health.aio.HealthServicer()
-    await _add_services(server, config, app, database, addresses, stopping, statuses)
+    await _add_services(servers, config, app, database, addresses, stopping, statuses)
     # Runs first, clients second: nobody is told of a run that is only about to be adopted.
     app.manager.recover()
     app.retention.start()
-    await server.start()
+    for each in servers:
+        await each.start()
     app.backups.start()
     app.power.start()
     instance.announce(addresses)
@@ -105,13 +110,13 @@ async def serve(config: Config, instance: Instance) -> None:
     # gRPC itself would wait for idle connections too, and an idle client may never look at its
     # connection.
     await edge.wait_until_idle(_GRACE_SECONDS)
-    await server.stop(_FLUSH_SECONDS)
+    await asyncio.gather(*(each.stop(_FLUSH_SECONDS) for each in servers))
     await app.close()
     database.close()
 
 
 async def _add_services(
-    server: aio.Server,
+    servers: Sequence[aio.Server],
     config: Config,
     app: App,
     database: Database,
@@ -119,32 +124,20 @@ async def _add_services(
     stopping: asyncio.Event,
     statuses: health.aio.HealthServicer,
 ) -> None:
-    task_service_pb2_grpc.add_TaskServiceServicer_to_server(
-        TaskService(app.manager, heartbeat_seconds=config.heartbeat_seconds, stopping=stopping),
-        server,
-    )
-    template_service_pb2_grpc.add_TemplateServiceServicer_to_server(
-        TemplateService(app.templates, app.manager), server
-    )
-    parameter_service_pb2_grpc.add_ParameterServiceServicer_to_server(
-        ParameterService(app.judge, app.planner, app.manager, app.templates), server
-    )
-    dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server(
-        DatasetService(app.worker, stopping=stopping), server
-    )
-    system_service_pb2_grpc.add_SystemServiceServicer_to_server(
-        SystemService(
-            config,
-            app.manager,
-            app.quota,
-            app.environment,
-            app.limits,
-            app.backups,
-            addresses=addresses,
-            schema_version=database.schema_version,
-            shut_down=stopping.set,
-        ),
-        server,
+    tasks = TaskService(app.manager, heartbeat_seconds=config.heartbeat_seconds, stopping=stopping)
+    templates = TemplateService(app.templates, app.manager)
+    parameters = ParameterService(app.judge, app.planner, app.manager, app.templates)
+    datasets = DatasetService(app.worker, stopping=stopping)
+    system = SystemService(
+        config,
+        app.manager,
+        app.quota,
+        app.environment,
+        app.limits,
+        app.backups,
+        addresses=addresses,
+        schema_version=database.schema_version,
+        shut_down=stopping.set,
     )
     names = [
         file.services_by_name[name].full_name
@@ -159,7 +152,12 @@ async def _add_services(
     ]
     for name in ["", *names]:
         await statuses.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
-    reflection.enable_server_reflection(
-        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
-    )
+    shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    for server in servers:
+        task_service_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
+        template_service_pb2_grpc.add_TemplateServiceServicer_to_server(templates, server)
+        parameter_service_pb2_grpc.add_ParameterServiceServicer_to_server(parameters, server)
+        dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server(datasets, server)
+        system_service_pb2_grpc.add_SystemServiceServicer_to_server(system, server)
+        health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
+        reflection.enable_server_reflection(shown, server)

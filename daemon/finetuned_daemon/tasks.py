@@ -281,7 +281,9 @@ class Run:
     Empty: as its parameters say.
     """
     request_id: str = ""
-    """The call that started it, for logs."""
+    """The call that started it, or that resumed it last, for logs."""
+    wish_request_id: str = ""
+    """The call that wished last for a stop or a pause that is not there yet."""
     ingested_bytes: int = 0
     """How far the `events.jsonl` of its attempt has been taken over."""
     ingested_seq: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from finetuned_daemon.requests import (
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.template_rows import TemplateRows
-from finetuned_daemon.tasks import now_us
+from finetuned_daemon.tasks import Task, now_us
 from finetuned_daemon.templates import PRESETS, Template, preset_of
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import check_fields
@@ -91,14 +91,15 @@ class TemplateManager:
     def create(
         self,
         new: NewTemplate,
-        base: Parameters | None,
+        source: Callable[[], Task] | None,
         request: RequestId[Template] | None,
     ) -> Template | bytes:
         """Creates a custom template.
 
         Args:
             new: What is asked for.
-            base: Parameters of the task that it is made from; None: defaults.
+            source: Looks up the task that it is made from; None: defaults. Not asked for a repeat:
+                the task may have gone since.
             request: For a safe repeat.
 
         Returns:
@@ -107,18 +108,22 @@ class TemplateManager:
         Raises:
             InvalidRequest: With every wrong field; nothing was written.
             AlreadyExists: The id or the display name is taken.
+            NotFound: There is no task to make it from.
         """
         answered = self._repeats.answered(request)
         if answered is not None:
             return answered
+        task = None if source is None else source()
+        if task is not None and new.training_type is None:
+            new = replace(new, training_type=task.training_type)
         violations = [*new.wrong, *check_id("template_id", new.template_id)]
         violations += _check_name(new.display_name) + check_display_name(new.display_name)
         violations += check_training_type(new.training_type, violations)
         training_type = new.training_type or TrainingType.SFT
-        if base is None:
+        if task is None:
             base = preset_of(training_type).parameters
         else:
-            base = Parameters.model_validate(_shared(base.model_dump()))
+            base = Parameters.model_validate(_shared(task.parameters.model_dump()))
         parameters, wrong = _judged(merged(base, new.parameters), training_type)
         violations += wrong
         if violations or parameters is None:

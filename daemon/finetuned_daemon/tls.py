@@ -6,7 +6,9 @@ Handshakes of gRPC tell a user little, so a pair is tried first in a handshake w
 from __future__ import annotations
 
 import logging
+import os
 import ssl
+import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,8 @@ from pathlib import Path
 from finetuned_daemon.privacy import FolderUnsafe, check_private
 
 _log = logging.getLogger(__name__)
+
+_LONGEST_BYTES = 1 << 20
 
 
 class TLSUnusable(Exception):
@@ -95,7 +99,7 @@ def _look(files: TLSFiles) -> tuple[tuple[int, ...] | None, ...]:
 def _load(files: TLSFiles) -> TLSContent:
     try:
         check_private(files.key, may_be_roots=True)
-        contents = [path.read_bytes() for path in files.all]
+        contents = [_read(path) for path in files.all]
     except OSError as error:
         raise TLSUnusable(f"{error.filename} can't be read: {error.strerror}") from error
     certificate, key, *client_ca = contents
@@ -106,6 +110,15 @@ def _load(files: TLSFiles) -> TLSContent:
         except ssl.SSLError as error:
             raise TLSUnusable(f"{files.client_ca} holds no certificates in PEM") from error
     return TLSContent(certificate, key, client_ca[0] if client_ca else None)
+
+
+def _read(path: Path) -> bytes:
+    """A file's content; what would never end, or never begin, is no certificate."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LONGEST_BYTES:
+            raise TLSUnusable(f"{path} is no file in PEM")
+        return file.read(_LONGEST_BYTES)
 
 
 def _first_certificate(path: Path, pem: bytes) -> str:

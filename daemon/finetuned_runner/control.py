@@ -35,9 +35,7 @@ from finetuned_runner.slow import SlowStep
 
 _POLL_SECONDS = 0.1
 _ROOM_SECONDS = 1.0
-NO_ROOM_FOR_EVENTS = (
-    "No space is left where the daemon keeps its run folders: make room, then start again."
-)
+NO_ROOM_FOR_EVENTS = "No space is left where the daemon keeps its run folders: make room."
 
 _logger = logging.getLogger(__name__)
 

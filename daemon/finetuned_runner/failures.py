@@ -101,8 +101,7 @@ def _reason(
     if is_disk_full(error):
         return (
             EndReason.DISK_FULL,
-            "No space is left on the disk: make room, then start again; a checkpoint that was "
-            "saved before is whole.",
+            "No space is left on the disk: make room; a checkpoint that was saved before is whole.",
         )
     for cause in chain:
         if _is_device_memory(cause):

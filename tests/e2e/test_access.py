@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 import grp
 import json
 import os
+import pwd
 import stat
 import subprocess
 import sys
@@ -20,7 +20,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from daemon_process import Daemon
 from finetuned import Client
 from finetuned.v1 import system_service_pb2, system_service_pb2_grpc, task_service_pb2
-from reach import bearer, get_info, tcp_address
+from finetuned_daemon.listen import BadAddress, parse_listen
+from reach import bearer, get_info, has_ipv6, tcp_address
 
 
 def mode(path: Path) -> int:
@@ -70,7 +71,11 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
 def test_a_parent_that_the_users_own_group_can_write_is_fine(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home").chmod(0o775)
-    if grp.getgrgid((tmp_path / "home").stat().st_gid).gr_name != getpass.getuser():
+    try:
+        group, user = grp.getgrgid((tmp_path / "home").stat().st_gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        pytest.skip("this user or its group has no name")
+    if group.gr_name != user.pw_name:
         pytest.skip("this user has no group of its own")
     Daemon(tmp_path / "home").start().close()
 
@@ -111,21 +116,34 @@ def test_tcp_is_served_to_the_token_alone(listening: Daemon) -> None:
             (a, "no IP address with a port")
             for a in ("127.1:0", "127.0.0.1:65536", "[127.0.0.1]:1")
         ),
-        ("127.0.0.1:0", "--tls-cert and --tls-key go together"),
     ],
 )
-def test_no_address_but_loopback_is_served_without_tls(
-    tmp_path: Path, address: str, sentence: str
+def test_no_address_but_loopback_is_served_without_tls(address: str, sentence: str) -> None:
+    with pytest.raises(BadAddress, match=sentence):
+        parse_listen(address, has_tls=False)
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "sentence"),
+    [
+        ("192.168.1.1:80", (), "with encryption only"),
+        ("localhost", (), "no IP address with a port"),
+        ("127.0.0.1:0", ("--tls-cert", "x"), "--tls-cert and --tls-key go together"),
+    ],
+)
+def test_an_address_that_is_not_served_ends_the_start_before_anything_is_made(
+    tmp_path: Path, address: str, options: tuple[str, ...], sentence: str
 ) -> None:
-    options = ["--tls-cert", "x"] if "together" in sentence else []
     daemon = Daemon(tmp_path, "--listen", address, *options)
     assert daemon.spawn().wait(20) == 2
     assert sentence in " ".join(daemon.log.read_text().split())
-    assert not daemon.paths.state_dir.exists(), "it was refused before anything was made"
+    assert not daemon.paths.state_dir.exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.0.0.9:0"])
 def test_loopback_has_several_names(tmp_path: Path, address: str) -> None:
+    if address.startswith("[") and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
     daemon = Daemon(tmp_path, "--listen", address, "--listen", "127.0.0.1:0").start()
     try:
         for number in (0, 1):
@@ -176,7 +194,7 @@ def test_the_daemon_says_what_it_is_and_holds_no_torch(daemon: Daemon) -> None:
     assert list(answer.addresses) == [daemon.address]
     maps = Path(f"/proc/{answer.pid}/maps")
     if maps.exists():
-        assert "torch" not in maps.read_text()
+        assert "libtorch" not in maps.read_text(), "a folder may be called anything"
 
 
 def test_a_shutdown_answers_and_ends(daemon: Daemon) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from daemon_process import Daemon
 from finetuned import TLS, AsyncClient, Client, DaemonUnavailable, InvalidArgument, Unauthenticated
 from finetuned_daemon.privacy import FolderUnsafe
 from finetuned_daemon.tls import Certificates, TLSFiles, TLSUnusable
-from reach import Pki, bearer, get_info, said, tcp_address
+from reach import Pki, bearer, get_info, has_ipv6, said, tcp_address
 
 CTL = str(Path(sys.executable).with_name("finetunectl"))
 
@@ -26,9 +27,10 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
 
 @pytest.fixture
 def served(tmp_path: Path, pki: Pki) -> Iterator[Daemon]:
-    """A daemon with TLS on loopback, for 127.0.0.1 and ::1 and no other name."""
+    """A daemon with TLS on loopback, for 127.0.0.1 and, where there is one, ::1; no other name."""
     options = pki.serve("127.0.0.1", "::1")
-    daemon = Daemon(tmp_path, "--listen", "127.0.0.1:0", "--listen", "[::1]:0", *options).start()
+    second = "[::1]:0" if has_ipv6() else "127.0.0.1:0"
+    daemon = Daemon(tmp_path, "--listen", "127.0.0.1:0", "--listen", second, *options).start()
     yield daemon
     daemon.close()
 
@@ -206,6 +208,8 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(tmp_path: Path, pki: Pk
     early = pki.issue("localhost", file="early", not_before=TOMORROW)
     empty, absent = tmp_path / "empty", tmp_path / "absent"
     empty.touch(0o600)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
     for files, sentence in (
         (TLSFiles(absent, key), "absent can't be read: No such file"),
         (TLSFiles(good, absent), "absent can't be read: No such file"),
@@ -217,6 +221,8 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(tmp_path: Path, pki: Pk
         (TLSFiles(good, key, empty), "empty holds no certificates in PEM"),
         (TLSFiles(good, key, absent), "absent can't be read"),
         (encrypted(pki), "needs a passphrase"),
+        (TLSFiles(pipe, key), "pipe is no file in PEM"),
+        (TLSFiles(Path("/dev/zero"), key), "/dev/zero is no file in PEM"),
     ):
         with pytest.raises(TLSUnusable, match=sentence):
             Certificates(files)
@@ -236,6 +242,8 @@ def test_a_start_with_what_cannot_be_shown_ends_in_one_sentence(tmp_path: Path, 
 
 def test_every_address_means_those_of_both_kinds(tmp_path: Path, pki: Pki) -> None:
     """`0.0.0.0` is no less than `[::]`, as gRPC binds it; the docs say so."""
+    if not has_ipv6():
+        pytest.skip("this machine has no IPv6")
     options = pki.serve("127.0.0.1", "::1")
     for address in ("0.0.0.0:0", "[::]:0"):
         (tmp_path / address).mkdir(mode=0o700)

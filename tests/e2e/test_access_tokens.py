@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from finetuned import AsyncClient, Client, ConnectionLost, Snapshot, Unauthentic
 from finetuned.v1 import task_pb2, task_service_pb2_grpc
 from finetuned_daemon.privacy import FolderUnsafe
 from finetuned_daemon.tokens import read_token, write_token
+from hostile import raw
 from reach import bearer, finetuned, get_info, said, status_of, tcp_address
 
 
@@ -359,3 +361,19 @@ def test_a_daemon_that_a_client_starts_gets_no_token_of_the_clients(
         finally:
             daemon.terminate()
             daemon.wait(20)
+
+
+def test_a_call_without_a_token_is_refused_before_its_message_has_come(listening: Daemon) -> None:
+    """gRPC would keep it until then: thousands of them are memory that anybody could take."""
+    host, _, port = tcp_address(listening).rpartition(":")
+    call = raw.call(1, b"/finetuned.v1.TaskService/CreateTask")
+    with socket.create_connection((host, int(port)), 20) as connection:
+        connection.sendall(raw.PREFACE + raw.frame(raw.SETTINGS, 0, 0, b"") + call)
+        stream = connection.makefile("rb")
+        while True:
+            head = stream.read(9)
+            assert len(head) == 9, "the connection was closed"
+            kind, number = head[3], int.from_bytes(head[5:9], "big")
+            stream.read(int.from_bytes(head[:3], "big"))
+            if kind == raw.HEADERS and number == 1:
+                break

@@ -18,6 +18,7 @@ from conftest import Scene
 from daemon_process import Daemon, eventually
 from finetuned import Client, Event, LogReplaced, Snapshot, WatchItem
 from finetuned.v1 import system_service_pb2, task_pb2, task_service_pb2
+from pauses import begun, pause, paused, resume, stop
 
 WATCHED = {"steps": 4, "save_steps": 2, "gated": True}
 
@@ -309,11 +310,62 @@ def test_a_check_names_what_is_wrong_and_a_daemon_may_serve(daemon: Daemon, scen
     problems = json.loads(result.stdout)["problems"]
     assert ["its end is lost" in problem for problem in problems] == [True, False]
     assert made["path"] in problems[1]
+    (run_dir / "1" / "events.jsonl").unlink()
+    Path(made["path"]).unlink()
+    assert "finetuned.db: 1 problem\n" in db(daemon, "check").stdout
 
     run_dir.rename(run_dir.with_name("sft-unknown"))
     found = json.loads(db(daemon, "check", "--json").stdout)
     assert "is gone" in found["problems"][0]
     assert "sft-unknown" in found["notes"][0]
+
+
+def test_a_check_finds_nothing_wrong_with_a_run_at_any_point_of_its_pauses(
+    daemon: Daemon, scene: Scene
+) -> None:
+    """Paused, queued again with no folder yet for its next process, paused there, stopped there."""
+    one, two = paused(daemon, scene), paused(daemon, scene)
+    begun(daemon, scene, 1)  # has the device from here on
+    problems = [done(daemon, "check")["problems"]]
+    for task in (one, two):
+        resume(daemon, task.name)
+    problems.append(done(daemon, "check")["problems"])
+    pause(daemon, one.name)
+    stop(daemon, two.name)
+    problems.append(done(daemon, "check")["problems"])
+    assert problems == [[], [], []]
+
+    first = daemon.paths.state_dir / "runs" / one.name.removeprefix("tasks/") / "1"
+    result = first / "result.json"
+    result.write_text(result.read_text().replace("STOPPED_BY_USER", "FINISHED"))
+    (problem,) = json.loads(db(daemon, "check", "--json").stdout)["problems"]
+    assert f"{first} has a result FINISHED" in problem, "not of the present process"
+    first.rename(first.with_name("elsewhere"))
+    (problem,) = json.loads(db(daemon, "check", "--json").stdout)["problems"]
+    assert f"{first} is gone" in problem
+
+
+def test_a_check_accepts_a_stop_of_what_a_full_disk_has_paused(
+    daemon: Daemon, scene: Scene
+) -> None:
+    """The process ended for want of room, the run because somebody gave it up."""
+    full = {"step": 3, "reason": "DISK_FULL", "message": "No space is left."}
+    task = daemon.create(scene.play(steps=4, save_steps=2, fail=full), start=True)
+    daemon.wait(task.name, "PAUSED")
+    assert done(daemon, "check")["problems"] == []
+    stop(daemon, task.name)
+    assert done(daemon, "check")["problems"] == []
+    run_dir = daemon.paths.state_dir / "runs" / task.name.removeprefix("tasks/") / "1"
+    result = run_dir / "result.json"
+    result.write_text(result.read_text().replace("DISK_FULL", "FINISHED"))
+    (problem,) = json.loads(db(daemon, "check", "--json").stdout)["problems"]
+    assert "the database says STOPPED, and result.json FINISHED" in problem
+
+    result.write_text(result.read_text().replace("FINISHED", "STOPPED_BY_USER"))
+    assert daemon.stop() == 0
+    with opened(daemon) as connection:
+        connection.execute("UPDATE runs SET state = 'FAILED', end_reason = 'RUNNER_HUNG'")
+    assert done(daemon, "check")["problems"] == [], "one that hung may wake up and save"
 
 
 # --- rebuild, restore

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -168,23 +169,25 @@ def test_a_migration_without_room_for_its_backup_changes_nothing(tmp_path: Path)
         # Of a size for which the small disk has room once, and not twice.
         connection.execute("CREATE TABLE filler AS SELECT zeroblob(15000000) AS bytes")
         connection.commit()
-    script = f"""
+    script = """
         set -e
         umask 077
-        mount -t tmpfs -o size=40m tmpfs {tmp_path}/small
-        chmod 700 {tmp_path}/small
-        cp {source} {tmp_path}/small/finetuned.db
-        sha256sum < {tmp_path}/small/finetuned.db
+        cd "$1"
+        mount -t tmpfs -o size=40m tmpfs small
+        chmod 700 small
+        cp source.db small/finetuned.db
+        sha256sum < small/finetuned.db
         status=0
-        {sys.executable} -m finetuned_daemon.main serve --state-dir {tmp_path}/small \
-            --runtime-dir {tmp_path}/run || status=$?
+        "$2" -m finetuned_daemon.main serve --state-dir small --runtime-dir run || status=$?
         echo "status $status"
-        sha256sum < {tmp_path}/small/finetuned.db
-        find {tmp_path}/small/backups -type f
+        sha256sum < small/finetuned.db
+        find small/backups -type f
     """
     (tmp_path / "small").mkdir(mode=0o700)
+    if any(shutil.which(tool) is None for tool in ("unshare", "bash", "mount")):
+        pytest.skip("needs unshare, bash and mount, for a disk that is small")
     result = subprocess.run(
-        ["unshare", "-Urm", "bash", "-c", script],
+        ["unshare", "-Urm", "bash", "-c", script, "bash", str(tmp_path), sys.executable],
         capture_output=True,
         text=True,
         check=False,

@@ -246,8 +246,10 @@ def test_the_queue_is_bounded(bounded: Callable[..., Daemon], scene: Scene) -> N
     parameters = scene.play(gated=True)
     daemon.create(parameters, start=True)
     daemon.create(parameters, start=True)
-    code, info, _ = refusal(lambda: daemon.create(parameters, start=True))
+    code, info, sentence = refusal(lambda: daemon.create(parameters, start=True))
     assert (code, info.reason) == ("RESOURCE_EXHAUSTED", "LIMIT_QUEUED_TASKS")
+    assert "at most 1 may wait" in sentence
+    assert "--most-queued-tasks" in sentence
     answer = daemon.tasks.ListTasks(task_service_pb2.ListTasksRequest())
     assert len(answer.tasks) == 2, "nothing of the third is there"
 

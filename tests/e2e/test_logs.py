@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -240,14 +241,63 @@ def test_the_id_of_a_call_is_on_what_it_causes(daemon: Daemon, scene: Scene) -> 
         ("state_change", "the-start"),
         ("phase_change", "the-start"),
         ("phase_change", "the-stop"),
-        ("result", "the-start"),
+        ("state_change", "the-stop"),
+        ("result", "the-stop"),
     }
-    (stopping,) = [e for e in watch.seen if e.request_id == "the-stop"]
+    stopping, _, stopped = [e for e in watch.seen if e.request_id == "the-stop"]
     assert stopping.phase_change.phase == task_pb2.RUN_PHASE_STOPPING
+    assert stopped.state_change.new_state == task_pb2.TASK_STATE_STOPPED
     (run,) = daemon.tasks.ListRuns(task_service_pb2.ListRunsRequest(parent=task.name)).runs
     assert run.request_id == "the-start"
     spec = daemon.paths.state_dir / "runs" / task.name.partition("/")[2] / "1/spec.json"
     assert json.loads(spec.read_bytes())["request_id"] == "the-start"
+
+
+def test_a_pause_and_what_follows_a_resume_have_the_ids_of_their_calls(
+    daemon: Daemon, scene: Scene
+) -> None:
+    """Also where another daemon records it: the wish is durable with its id."""
+    task = daemon.create(scene.play(steps=9, gated=True))
+    started = task_service_pb2.StartTaskRequest(name=task.name)
+    daemon.tasks.StartTask(started, metadata=identified("the-start"))
+    with daemon.watch(task.name) as watch:
+        scene.let_pass(1)
+        watch.until_step(1)
+    (run,) = daemon.tasks.ListRuns(task_service_pb2.ListRunsRequest(parent=task.name)).runs
+    os.kill(run.pid, signal.SIGSTOP)
+    pause = task_service_pb2.PauseTaskRequest(name=task.name)
+    daemon.tasks.PauseTask(pause, metadata=identified("the-pause"))
+    daemon.kill()
+    daemon.start()
+    os.kill(run.pid, signal.SIGCONT)
+    daemon.wait(task.name, "PAUSED")
+    resume = task_service_pb2.ResumeTaskRequest(name=task.name)
+    daemon.tasks.ResumeTask(resume, metadata=identified("the-resume"))
+    scene.let_pass(8)
+    daemon.wait(task.name, "COMPLETED")
+    changes = [e for e in daemon.events(task.name) if e.HasField("state_change")]
+    named = [
+        (
+            task_pb2.TaskState.Name(e.state_change.new_state).removeprefix("TASK_STATE_"),
+            e.request_id,
+        )
+        for e in changes
+    ]
+    assert named == [
+        ("QUEUED", "the-start"),
+        ("RUNNING", "the-start"),
+        ("PAUSED", "the-pause"),
+        ("QUEUED", "the-resume"),
+        ("RUNNING", "the-resume"),
+        ("COMPLETED", "the-resume"),
+    ]
+    caused = [
+        e for e in daemon.events(task.name) if e.WhichOneof("payload") in ("phase_change", "result")
+    ]
+    last = [e.request_id for e in caused if e.seq > changes[3].seq]
+    assert set(last) == {"the-resume"}
+    (run,) = daemon.tasks.ListRuns(task_service_pb2.ListRunsRequest(parent=task.name)).runs
+    assert run.request_id == "the-resume"
 
 
 def test_a_run_that_waits_keeps_the_id_of_its_own_start(daemon: Daemon, scene: Scene) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import uuid
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from conftest import Scene
 from daemon_process import Daemon, eventually
 from finetuned.v1 import system_service_pb2, task_pb2, task_service_pb2
 from pauses import (
-    FULL,
     PAUSED,
     QUEUED,
     REQUESTED,
@@ -301,6 +301,25 @@ def test_a_broken_checkpoint_is_passed_over_aloud(daemon: Daemon, scene: Scene) 
     )
 
 
+def test_a_checkpoint_that_is_gone_is_said_and_not_named_any_more(
+    daemon: Daemon, scene: Scene
+) -> None:
+    """The run goes on from the one before, and where there is none, begins anew; both aloud."""
+    task = paused(daemon, scene, 3, save_steps=2)
+    two = str(scene.output / "run-1" / "checkpoint-2")
+    for gone, left, how in ((task.last_checkpoint, two, two), (two, "", "begins anew")):
+        shutil.rmtree(gone)
+        again = resume(daemon, task.name)
+        assert again.last_checkpoint == left
+        assert only_run(daemon, task.name).last_checkpoint == left
+        said = [e.notice for e in daemon.events(task.name) if e.HasField("notice")][-1]
+        assert said.reason == "CHECKPOINT_GONE"
+        assert f"{gone} is gone" in said.message
+        assert how in said.message
+        pause(daemon, task.name)
+        daemon.wait(task.name, "PAUSED")
+
+
 def test_a_resume_is_checked_as_a_start_is(daemon: Daemon, scene: Scene) -> None:
     task = paused(daemon, scene)
     data = scene.data.read_text()
@@ -427,86 +446,6 @@ def test_pauses_and_resumes_survive_a_daemon(daemon: Daemon, scene: Scene) -> No
     daemon.wait(task.name, "COMPLETED")
     steps = [e.progress.step for e in daemon.events(task.name) if e.HasField("progress")]
     assert steps == list(range(1, 10))
-
-
-# --- a full disk
-
-
-@pytest.fixture
-def looking(tmp_path: Path) -> Iterator[Daemon]:
-    """A daemon that often looks for room."""
-    daemon = Daemon(tmp_path, "--disk-look-seconds", "0.05").start()
-    yield daemon
-    daemon.close()
-
-
-FULL_AT_3 = {"step": 3, "reason": "DISK_FULL", "message": "No space is left."}
-
-
-def test_a_full_disk_pauses_a_run_and_explains_it(daemon: Daemon, scene: Scene) -> None:
-    """It holds no device, the reason is there to be read, and it can be resumed by hand."""
-    task = daemon.create(scene.play(steps=4, save_steps=2, fail=FULL_AT_3), start=True)
-    now = daemon.wait(task.name, "PAUSED")
-    assert (now.pause_reason, now.end_reason) == (FULL, task_pb2.END_REASON_DISK_FULL)
-    for words in ("No space is left.", "checkpoint-2", "64 MiB", str(scene.output / "run-1")):
-        assert words in now.end_message
-    (result,) = results(daemon, task.name)
-    assert result.end_reason == task_pb2.END_REASON_DISK_FULL
-    assert result.HasField("fix") or result.HasField("advice"), "what would help is said"
-    scene.play(steps=4)
-    again = resume(daemon, task.name)
-    assert (again.end_reason, again.end_message) == (task_pb2.END_REASON_UNSPECIFIED, "")
-    daemon.wait(task.name, "COMPLETED")
-    assert only_run(daemon, task.name).attempt == 2
-
-
-def test_once_there_is_room_a_run_goes_on_by_itself(looking: Daemon, scene: Scene) -> None:
-    failure = {**FULL_AT_3, "attempt": 1}
-    task = looking.create(scene.play(steps=4, save_steps=2, fail=failure), start=True)
-    ended = looking.wait(task.name, "COMPLETED")
-    assert (ended.run, ended.end_reason) == (1, task_pb2.END_REASON_FINISHED)
-    assert only_run(looking, task.name).attempt == 2
-    events = looking.events(task.name)
-    assert "ROOM_ON_DISK" in [e.notice.reason for e in events if e.HasField("notice")]
-    states = [e.state_change.new_state for e in events if e.HasField("state_change")]
-    assert states.count(PAUSED) == 1
-
-
-def test_a_run_does_not_go_on_by_itself_where_somebody_pauses_it(
-    daemon: Daemon, scene: Scene
-) -> None:
-    task = daemon.create(scene.play(steps=4, fail=FULL_AT_3), start=True)
-    daemon.wait(task.name, "PAUSED")
-    now = pause(daemon, task.name)
-    assert (now.state, now.pause_reason) == (PAUSED, REQUESTED)
-    daemon.kill()
-    daemon.options += ["--disk-look-seconds", "0.05"]
-    daemon.start()
-    # Another run, paused later for want of space, is looked after: this one was passed over before.
-    scene.play(steps=4, fail={**FULL_AT_3, "attempt": 1})
-    other = daemon.create(scene.parameters(), start=True)
-    daemon.wait(other.name, "COMPLETED")
-    assert daemon.get(task.name).state == PAUSED
-
-
-def test_a_full_disk_after_a_stop_was_asked_for_is_a_failure_as_before(
-    daemon: Daemon, scene: Scene
-) -> None:
-    task = begun(daemon, scene, 2, deaf=True, fail=FULL_AT_3)
-    stop(daemon, task.name)
-    scene.let_pass(1)
-    ended = daemon.wait(task.name, "FAILED")
-    assert ended.end_reason == task_pb2.END_REASON_DISK_FULL
-
-
-def test_a_full_disk_in_a_pause_loses_no_run(daemon: Daemon, scene: Scene) -> None:
-    """What it could not save is done again; it waits for whoever has paused it."""
-    task = begun(daemon, scene, 2, deaf=True, save_steps=2, fail=FULL_AT_3)
-    pause(daemon, task.name)
-    scene.let_pass(1)
-    now = daemon.wait(task.name, "PAUSED")
-    assert (now.pause_reason, now.end_reason) == (REQUESTED, task_pb2.END_REASON_DISK_FULL)
-    assert "checkpoint-2" in now.end_message
 
 
 # --- real

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -186,7 +187,7 @@ def test_lines_that_are_no_events_are_reported_and_the_rest_is_kept(
 
 def test_a_runner_that_can_not_be_started_is_a_failed_run(tmp_path: Path, scene: Scene) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     daemon = Daemon(tmp_path, "--runner-python", str(python))
     try:

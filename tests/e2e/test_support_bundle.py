@@ -26,6 +26,14 @@ CANARY = "Zq7canaryZq7"
 Ctl = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def user_name() -> list[str]:
+    """The user's, where its number has one."""
+    try:
+        return [getpass.getuser()]
+    except (KeyError, OSError):
+        return []
+
+
 @pytest.fixture
 def ctl(daemon: Daemon, tmp_path: Path) -> Ctl:
     """`finetunectl`, with a HOME and a variable that hold canaries."""
@@ -158,7 +166,7 @@ def test_nothing_of_a_users_own_is_in_it(
     assert any(name.endswith("run.json") for name in files)
     hidden = [CANARY, token, str(tmp_path), failed.display_name, failed.name.partition("/")[2]]
     for name, content in files.items():
-        for text in (*hidden, getpass.getuser()):
+        for text in (*hidden, *user_name()):
             found = re.search(rf"(?i)(?<!\w){re.escape(text)}(?!\w)", content.decode())
             assert found is None, (name, text, content.decode()[found.start() - 200 : found.end()])
             assert text not in name
@@ -208,6 +216,18 @@ def test_without_a_yes_nothing_is_written_and_nothing_is_replaced(
 )
 def test_texts_lose_paths_and_secrets(text: str, hidden: str) -> None:
     assert hidden not in Redactor(with_names=False).text(text)
+
+
+def test_a_user_without_name_and_home_has_a_bundle_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container a user may be a number alone."""
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def nobody(number: int) -> object:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert "~" not in Redactor(with_names=True).text("a text of /home/jane")
 
 
 def test_the_same_path_has_the_same_word_in_one_bundle_alone() -> None:

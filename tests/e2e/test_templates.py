@@ -193,6 +193,12 @@ def test_a_template_is_saved_as_from_a_task(daemon: Daemon, scene: Scene) -> Non
     assert saved.parameters.data.train_file == str(scene.data)
     assert not saved.parameters.data.HasField("output_dir"), "where it writes is the task's own"
     assert daemon.templates.CreateTemplate(request).template == saved, "a repeat is safe"
+    daemon.tasks.DeleteTask(tasks_pb2.DeleteTaskRequest(name=task.name))
+    assert daemon.templates.CreateTemplate(request).template == saved, "the task has gone since"
+    request.request_id = "twice"
+    code, message = refusal(daemon.templates.CreateTemplate, request)
+    assert code is grpc.StatusCode.NOT_FOUND
+    assert task.name in message
 
 
 def test_custom_templates_survive_a_restart(daemon: Daemon) -> None:

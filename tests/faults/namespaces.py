@@ -53,6 +53,7 @@ def _play(world: World) -> None:
     daemon = world.daemon().start()
     live = LiveRun(world, daemon)
     live.go(2)
+    live.until_step(1)  # it has begun: one that has not is started again
     # The zombie of a runner that a dead daemon has left is ours to reap: we are its init.
     daemon.kill()
     os.kill(live.pid, signal.SIGKILL)

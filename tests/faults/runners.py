@@ -11,18 +11,20 @@ from pathlib import Path
 from daemon_process import Daemon, eventually
 from faults.oracle import Watcher, is_alive
 from faults.registry import World, fault
-from faults.stage import LiveRun, arm_runner, disarm, new_task, pid_of, run_of
+from faults.stage import STEPS, LiveRun, arm_runner, disarm, new_task, pid_of, run_of
 from finetuned.v1 import event_pb2, parameters_pb2, task_pb2, task_service_pb2
 from tiny import chats, make_model, write_jsonl
 
 ENDS = ("COMPLETED", "STOPPED", "FAILED")
+_AT_ONCE = ("--restart-pause-seconds", "0.05")
+"""A runner that ends before it has begun is started again without much of a wait."""
 
 
 @fault("runner killed in each phase", short_rounds=3)
 def runner_killed_in_each_phase(world: World) -> None:
     """A runner that is killed has failed with the signal, unless it had left its result before."""
     told = world.root / "lines"
-    daemon = world.daemon()
+    daemon = world.daemon(*_AT_ONCE)
     arm_runner(world, daemon, until="fake_runner.py:end", tell=str(told))
     daemon.start()
     scene = world.scene()
@@ -81,7 +83,7 @@ def _start_again(world: World, daemon: Daemon, name: str) -> None:
 @fault("daemon and runner killed at once")
 def daemon_and_runner_killed_at_once(world: World) -> None:
     """The run has ended, is never called completed, and the queue goes on."""
-    daemon = world.daemon().start()
+    daemon = world.daemon(*_AT_ONCE).start()
     live = LiveRun(world, daemon)
     waiting = world.scene("waiting")
     request = new_task(waiting.parameters(), "waiting-task")
@@ -96,6 +98,8 @@ def daemon_and_runner_killed_at_once(world: World) -> None:
     kills[1]()
     eventually(lambda: not is_alive(live.pid), "the runner is dead")
     daemon.start()
+    # One that was killed before it had said who it is has not begun, and is started again.
+    live.go(STEPS)
     daemon.wait(live.name, *ENDS)
     _check_account(world, daemon, live.name)
     daemon.wait("tasks/waiting-task", "COMPLETED")

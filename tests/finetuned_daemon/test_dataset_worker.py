@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from finetuned_daemon.runs.contract import TrainingType
 from tiny import chats, make_model, write_jsonl
 
 SFT = TrainingType.SFT
+PYTHON = shlex.quote(sys.executable)
 
 
 def make_worker(tmp_path: Path, script: str) -> Worker:
@@ -37,7 +39,7 @@ def starts(tmp_path: Path) -> int:
 
 
 async def test_a_measurement_is_remembered_until_data_or_tokenizer_change(tmp_path: Path) -> None:
-    worker = make_worker(tmp_path, f'echo "$@" >> {tmp_path}/starts\nexec {sys.executable} "$@"')
+    worker = make_worker(tmp_path, f'echo "$@" >> {tmp_path}/starts\nexec {PYTHON} "$@"')
     model = make_model(tmp_path / "model")
     path = write_jsonl(tmp_path / "chats.jsonl", chats(6))
     request = MeasureRequest(
@@ -58,7 +60,7 @@ async def test_a_measurement_is_remembered_until_data_or_tokenizer_change(tmp_pa
 
 async def test_who_asks_for_the_same_measurement_shares_one_process(tmp_path: Path) -> None:
     """A front-end that asks at every keystroke is never told that too many ask."""
-    worker = make_worker(tmp_path, f'echo "$@" >> {tmp_path}/starts\nexec {sys.executable} "$@"')
+    worker = make_worker(tmp_path, f'echo "$@" >> {tmp_path}/starts\nexec {PYTHON} "$@"')
     model = make_model(tmp_path / "model")
     path = write_jsonl(tmp_path / "chats.jsonl", chats(6))
     request = MeasureRequest(
@@ -90,7 +92,7 @@ async def test_a_measurement_that_nobody_waits_for_any_more_ends(tmp_path: Path)
 
 
 async def test_what_cant_be_measured_is_an_invalid_field(tmp_path: Path) -> None:
-    worker = make_worker(tmp_path, f'exec {sys.executable} "$@"')
+    worker = make_worker(tmp_path, f'exec {PYTHON} "$@"')
     path = write_jsonl(tmp_path / "chats.jsonl", chats(6))
     request = MeasureRequest(
         training_type=SFT, train_file=str(path), tokenizer_path=str(tmp_path), max_seq_length=128

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import sys
 import types
 from collections.abc import AsyncIterator, Callable
@@ -191,7 +192,7 @@ async def test_callers_at_the_same_time_share_one_probe_and_the_next_daemon_asks
 
 
 async def test_another_python_in_the_same_place_is_asked_anew(lab: Lab) -> None:
-    python = lab.wrapped_python(f'exec {sys.executable} "$@"')
+    python = lab.wrapped_python(f'exec {shlex.quote(sys.executable)} "$@"')
     settings = {"runner_python": str(python)}
     assert wrong(await lab.environment(**settings).check()) == {}
     assert lab.environment(**settings).known() is None, "another Python is not known unasked"

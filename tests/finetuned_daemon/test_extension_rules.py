@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,7 @@ async def test_the_training_environment_is_asked_for_these_packages(tmp_path: Pa
         folder.mkdir(parents=True)
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     found = await TrainingPython(str(python), tmp_path).ask()
     assert {"flash-attn", "liger-kernel", "tensorboardX"} <= found.packages.keys()
@@ -237,7 +238,7 @@ async def test_the_training_environment_is_asked_for_these_packages(tmp_path: Pa
 async def test_a_start_asks_another_python_that_nobody_has_asked(tmp_path: Path) -> None:
     """Until then nothing is known of its packages; afterwards every check knows."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     found = paths(tmp_path / "state", tmp_path / "run")
     found.state_dir.mkdir()

@@ -263,7 +263,7 @@ def test_a_run_folder_that_stays_full_ends_the_run_with_a_checkpoint(shop, disk:
     shop.here(patient(run, seconds=0.3), hearing(hear))
     assert run.result.end_reason is EndReason.DISK_FULL, run.result
     verify_checkpoint(run.output / f"checkpoint-{run.result.step}")
-    assert run.result.step in (3, 4)
+    assert run.result.step >= 3
 
 
 def test_an_event_that_is_just_being_written_is_no_full_disk(tmp_path: Path, monkeypatch) -> None:

@@ -12,7 +12,6 @@ import secrets
 import sys
 import tempfile
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -51,7 +50,8 @@ def main() -> int:
     for line in told[:20]:
         print(f"in its log: {line}")
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        plain = [{**vars(row), "codes": dict(row.codes)} for row in rows]
+        arguments.json.write_text(json.dumps(plain, indent=1))
     if after - before > _MOST_GROWTH:
         print(f"the daemon has grown by more than {_MOST_GROWTH >> 20} MiB")
     if after - before > _MOST_GROWTH or any(row.failures for row in rows) or told:

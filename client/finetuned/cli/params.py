@@ -44,6 +44,9 @@ _PATHS = (
     "lora.peft_config_path",
 )
 _TYPES = ("sft", "pretrain")
+
+_LONGEST_BYTES = 16 << 20
+"""Of a parameter file; a record of a run with very long lists has a few."""
 # Words of YAML and JSON for "nothing"; BaseLoader leaves them texts.
 _NOTHING = (None, "", "null", "~")
 # Keys beside the sections, with the names that they go by.
@@ -130,7 +133,11 @@ def read_file(path: Path) -> Wish:
         InvalidArgument: It can't be read, or is neither YAML nor JSON.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_BYTES + 1)
+        if len(data) > _LONGEST_BYTES:
+            raise _bad_file(path, f"is longer than {_LONGEST_BYTES >> 20} MiB, and no such file")
+        text = data.decode("utf-8")
         # BaseLoader leaves every scalar a text, and the field's type says how to read it: `no`
         # stays "no" for a strategy, and 2e-4 is a number, as YAML 1.1 would not have it.
         content: Any = _json(text) if path.suffix == ".json" else _yaml(text)

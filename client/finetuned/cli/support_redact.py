@@ -33,6 +33,20 @@ _NAMES_A_THING = ("path", "file", "dir", "folder", "name", "checkpoint", "python
 _SHORTEST_NAME = 3
 
 
+def _home() -> str:
+    try:
+        return str(Path.home())
+    except RuntimeError:  # neither HOME nor a user of this number, as in a container
+        return ""
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # this number has no name, as in a container
+        return ""
+
+
 class Redactor:
     """Replaces what is a user's own."""
 
@@ -41,8 +55,7 @@ class Redactor:
         self._salt = secrets.token_bytes(16)
         self._known: dict[str, str] = {}
         self._exact: re.Pattern[str] | None = None
-        home = str(Path.home())
-        for value, word in ((home, "~"), (getpass.getuser(), "USER"), (platform.node(), "HOST")):
+        for value, word in ((_home(), "~"), (_user(), "USER"), (platform.node(), "HOST")):
             if len(value) >= _SHORTEST_NAME:
                 self._learn(value, word)
 

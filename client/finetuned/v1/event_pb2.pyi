@@ -50,8 +50,9 @@ class Event(_message.Message):
     run: _builtins.int
     """Number of the run it belongs to; 0 for events of the task itself."""
     request_id: _builtins.str
-    """Of what a call has caused (a state change, an edit, the phases and the result of the run that it started): the id of that call, as
-    it stands in the daemon's log. It is the call's metadata `request-id`, or the daemon's choice where there is none. Else empty.
+    """Of what a call has caused: the id of that call, as it stands in the daemon's log. It is the call's metadata `request-id`, or the
+    daemon's choice where there is none. Else empty. A call causes a state change, an edit, the phases and the result of the run that it
+    started, and after a resume of what it resumed; a stop or a pause causes its phase, and the state and the result that it leads to.
     """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:

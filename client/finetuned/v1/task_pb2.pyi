@@ -191,7 +191,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_HOST_OUT_OF_MEMORY: _EndReason.ValueType  # 6
     """The machine had too little memory. FAILED."""
     END_REASON_DISK_FULL: _EndReason.ValueType  # 7
-    """No space left to write. FAILED where a stop was asked for, or it was a probe; else the task is PAUSED with this reason, and goes on once there is room."""
+    """No space left to write: PAUSED with this reason until there is room. A probe, or where a stop was asked for: FAILED."""
     END_REASON_DATASET_INVALID: _EndReason.ValueType  # 8
     """The data cannot be used. FAILED."""
     END_REASON_MODEL_UNLOADABLE: _EndReason.ValueType  # 9
@@ -231,7 +231,7 @@ END_REASON_DEVICE_OUT_OF_MEMORY: EndReason.ValueType  # 5
 END_REASON_HOST_OUT_OF_MEMORY: EndReason.ValueType  # 6
 """The machine had too little memory. FAILED."""
 END_REASON_DISK_FULL: EndReason.ValueType  # 7
-"""No space left to write. FAILED where a stop was asked for, or it was a probe; else the task is PAUSED with this reason, and goes on once there is room."""
+"""No space left to write: PAUSED with this reason until there is room. A probe, or where a stop was asked for: FAILED."""
 END_REASON_DATASET_INVALID: EndReason.ValueType  # 8
 """The data cannot be used. FAILED."""
 END_REASON_MODEL_UNLOADABLE: EndReason.ValueType  # 9
@@ -331,8 +331,8 @@ class Task(_message.Message):
     queue_position: _builtins.int
     """Output only. Place in the queue of its device, from 1, while QUEUED; else 0."""
     etag: _builtins.str
-    """Changes with every change of the task but progress. In UpdateTask, DeleteTask and StartTask, an `etag` that no longer holds is
-    ABORTED.
+    """Changes with every change of the task but `progress` and `queue_position`. In UpdateTask, DeleteTask, StartTask and ResumeTask, an
+    `etag` that no longer holds is ABORTED.
     """
     template: _builtins.str
     """`templates/{template_id}` that it was made from: at creation, where absent parameters come from. The task keeps its own
@@ -521,7 +521,7 @@ class Run(_message.Message):
     their own in `run_dir`, `attempt-2` and so on.
     """
     request_id: _builtins.str
-    """`request-id` of the call that started it; see Event.request_id. Empty: not known."""
+    """`request-id` of the call that started it, or that resumed it last; see Event.request_id. Empty: not known."""
     @_builtins.property
     def parameters(self) -> _parameters_pb2.Parameters:
         """The parameters it was started with."""

@@ -184,8 +184,8 @@ class TaskServiceServicer(object):
         """Starts a new run. It waits in the queue while its device is busy.
 
         INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or PAUSED (resume it), the training
-        environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
-        training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
+        environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: as many
+        tasks as may wait do, or there is a training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,8 +219,8 @@ class TaskServiceServicer(object):
         start where it has saved none. Number, parameters and output folder of the run stay what they are.
 
         INVALID_ARGUMENT names every parameter that can't be used any more, such as a file that is gone. FAILED_PRECONDITION: it is not
-        PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
-        `request_id`.
+        PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: as many tasks
+        as may wait do, or there is a training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

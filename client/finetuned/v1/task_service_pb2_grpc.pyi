@@ -71,8 +71,8 @@ class TaskServiceStub:
     """Starts a new run. It waits in the queue while its device is busy.
 
     INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or PAUSED (resume it), the training
-    environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
-    training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
+    environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: as many
+    tasks as may wait do, or there is a training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
     StopTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.StopTaskRequest, _task_service_pb2.StopTaskResponse]
     """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
@@ -94,8 +94,8 @@ class TaskServiceStub:
     start where it has saved none. Number, parameters and output folder of the run stay what they are.
 
     INVALID_ARGUMENT names every parameter that can't be used any more, such as a file that is gone. FAILED_PRECONDITION: it is not
-    PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
-    `request_id`.
+    PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: as many tasks
+    as may wait do, or there is a training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
     MoveTask: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.MoveTaskRequest, _task_service_pb2.MoveTaskResponse]
     """Moves a QUEUED task to another place in the queue of its device. The others keep their order.
@@ -178,8 +178,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     """Starts a new run. It waits in the queue while its device is busy.
 
     INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or PAUSED (resume it), the training
-    environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
-    training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
+    environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: as many
+    tasks as may wait do, or there is a training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
     StopTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.StopTaskRequest, _task_service_pb2.StopTaskResponse]  # type: ignore[assignment]
     """Asks for the end of the run, with a checkpoint unless `discard` is set. Returns when the wish is durable, not when the
@@ -201,8 +201,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     start where it has saved none. Number, parameters and output folder of the run stay what they are.
 
     INVALID_ARGUMENT names every parameter that can't be used any more, such as a file that is gone. FAILED_PRECONDITION: it is not
-    PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
-    `request_id`.
+    PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: as many tasks
+    as may wait do, or there is a training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
     """
     MoveTask: _aio.UnaryUnaryMultiCallable[_task_service_pb2.MoveTaskRequest, _task_service_pb2.MoveTaskResponse]  # type: ignore[assignment]
     """Moves a QUEUED task to another place in the queue of its device. The others keep their order.
@@ -318,8 +318,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts a new run. It waits in the queue while its device is busy.
 
         INVALID_ARGUMENT names every wrong or missing parameter. FAILED_PRECONDITION: already QUEUED or RUNNING, or PAUSED (resume it), the training
-        environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: there is a
-        training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
+        environment can't run (see CheckEnvironment), or `resume` asks for a checkpoint that there is not. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: as many
+        tasks as may wait do, or there is a training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
 
     @_abc_1.abstractmethod
@@ -359,8 +359,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         start where it has saved none. Number, parameters and output folder of the run stay what they are.
 
         INVALID_ARGUMENT names every parameter that can't be used any more, such as a file that is gone. FAILED_PRECONDITION: it is not
-        PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. Safe to repeat with the same
-        `request_id`.
+        PAUSED, or the training environment can't run. ABORTED: stale `etag`. NOT_FOUND: no such task. RESOURCE_EXHAUSTED: as many tasks
+        as may wait do, or there is a training quota, and two other data files are being read. Safe to repeat with the same `request_id`.
         """
 
     @_abc_1.abstractmethod

@@ -13,14 +13,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetuned._paths import RUNTIME_DIR_VARIABLE, STATE_DIR_VARIABLE, paths
 from finetuned_daemon.config import Config
 from finetuned_daemon.folder_check import inspect
 from finetuned_daemon.instance import AlreadyServing, Instance
 from finetuned_daemon.privacy import FolderUnsafe
-from finetuned_daemon.rebuild import Rebuilder, Report
 from finetuned_daemon.runs.contract import sync_dir
 from finetuned_daemon.store import backup, integrity
 from finetuned_daemon.store.database import Database, DatabaseUnusable
@@ -32,6 +31,9 @@ from finetuned_daemon.store.files import (
     set_aside,
 )
 from finetuned_daemon.store.opening import check_present, is_missing
+
+if TYPE_CHECKING:
+    from finetuned_daemon.rebuild import Report
 
 COMMAND = "db"
 
@@ -155,7 +157,8 @@ def _check(config: Config, arguments: argparse.Namespace) -> int:
             print(f"note     {note}")
         for made, is_whole in kept:
             print(f"backup   {_when(made)}  {made.cause}  {'whole' if is_whole else 'DAMAGED'}")
-        print(f"{config.database}: {f'{len(problems)} problems' if problems else 'whole'}")
+        found = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        print(f"{config.database}: {found if problems else 'whole'}")
     return EXIT_FAILED if problems else 0
 
 
@@ -219,6 +222,9 @@ def _replace(
     add_tasks: bool,
 ) -> int:
     """Makes a database beside, whole, and then puts it in the place of the present one."""
+    # Brings in most of the daemon, and every command of `finetuned` imports this module.
+    from finetuned_daemon.rebuild import Rebuilder
+
     temporary = config.database.with_name(f".{config.database.name}.new")
     _remove(temporary)
     try:

@@ -110,6 +110,13 @@ def write_ended(run: Run, events: Sequence[event_pb2.Event]) -> None:
         _log.warning("the end of run %d is not written aside: %s", run.key, error)
 
 
+def rewrite_ended(run: Run) -> None:
+    """Brings what is written aside of a pause up to date; its events stay."""
+    known = read_ended(Path(run.run_dir)) if run.run_dir else None
+    if known is not None:
+        write_ended(run, known.logged())
+
+
 def read_task(folder: Path) -> TaskAside | None:
     """The task of a folder of runs, if it is there and readable."""
     return _read(folder / TASK, TaskAside)

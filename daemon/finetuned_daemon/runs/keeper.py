@@ -9,19 +9,16 @@ import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from finetuned.v1 import event_pb2
 from finetuned_daemon import logs
-from finetuned_daemon.devices import list_devices
 from finetuned_daemon.events import build
 from finetuned_daemon.events.log import EventLog
 from finetuned_daemon.explain import EVENTS_LOOKED_AT, Explainer
-from finetuned_daemon.measurements import Measurement, device_key, model_key
-from finetuned_daemon.planning.model_files import ModelUnreadable, base_folder
+from finetuned_daemon.measurements import Measurement, measured_by
 from finetuned_daemon.runs import reports
-from finetuned_daemon.runs.aside import write_ended
+from finetuned_daemon.runs.aside import rewrite_ended, write_ended
 from finetuned_daemon.runs.bundle import Bundle
 from finetuned_daemon.runs.contract import (
     CheckpointDeleted,
@@ -29,7 +26,6 @@ from finetuned_daemon.runs.contract import (
     EndReason,
     LogLine,
     Notice,
-    Payload,
     PhaseChange,
     ProbeReport,
     ProcessIdentity,
@@ -38,6 +34,7 @@ from finetuned_daemon.runs.contract import (
     RunPhase,
     StopWish,
 )
+from finetuned_daemon.runs.outcome import stays_paused
 from finetuned_daemon.runs.process import Exit
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.ledger import Ledger
@@ -164,7 +161,13 @@ class Keeper:
             return run
         now = now_us()
         stop = StopWish.SAVE if run.stop is StopWish.SAVE else stop
-        run = replace(run, stop=stop, stop_time=run.stop_time or now, pause=None)
+        run = replace(
+            run,
+            stop=stop,
+            stop_time=run.stop_time or now,
+            pause=None,
+            wish_request_id=logs.request_id(),
+        )
         phase = PhaseChange(
             phase=RunPhase.STOPPING,
             message="a stop was asked for; a checkpoint is saved"
@@ -187,7 +190,13 @@ class Keeper:
         The runner is told to save and stop, and knows nothing of pauses.
         """
         now = now_us()
-        run = replace(run, pause=PauseReason.REQUESTED, stop=StopWish.SAVE, stop_time=now)
+        run = replace(
+            run,
+            pause=PauseReason.REQUESTED,
+            stop=StopWish.SAVE,
+            stop_time=now,
+            wish_request_id=logs.request_id(),
+        )
         phase = PhaseChange(
             phase=RunPhase.PAUSING,
             message="a pause was asked for; a checkpoint is saved",
@@ -246,10 +255,10 @@ class Keeper:
             if isinstance(payload, CheckpointSaved):
                 saved.append(payload)
             if isinstance(payload, ProbeReport):
-                measured = self._measurement(run, payload)
+                measured = measured_by(run, self.task_of(run).training_type, payload)
             durable |= isinstance(payload, PhaseChange | CheckpointSaved | CheckpointDeleted)
             events.append(event)
-            changes |= _changes(payload, run)
+            changes |= reports.changes(payload, run)
         if repeated and not new.was_cut:
             events.append(self._remark(run, f"{repeated} events were written twice"))
         run = replace(
@@ -266,12 +275,15 @@ class Keeper:
     def ended(self, run: Run, outcome: Result, exit_: Exit, caused_by: str | None = None) -> Run:
         """Records the end of a run, and queues its retry where the policy starts one.
 
-        `caused_by` is a call's id; None: that of the call that started the run.
+        `caused_by` is a call's id; None: that of the call that wished for the end, where one did,
+        else of the one that started the run.
 
         One transaction for both: a crash between them would forget the retry. After a probe that
         has not failed the task is what it was before.
         """
         now = now_us()
+        if caused_by is None and outcome.end_reason is EndReason.STOPPED_BY_USER:
+            caused_by = run.wish_request_id or None
         end = ENDS[outcome.end_reason]
         task = self.task_of(run)
         before = task.before_probe if end.state is not TaskState.FAILED else None
@@ -298,6 +310,7 @@ class Keeper:
             exit_code=exit_.code,
             signal=exit_.signal,
             pause=None,
+            wish_request_id="",
         )
         retry = explanation.retry
         if retry is not None:
@@ -351,6 +364,8 @@ class Keeper:
         """
         check_transition(run.state, TaskState.PAUSED)
         now = now_us()
+        if caused_by is None:
+            caused_by = run.wish_request_id or None
         task = self.task_of(run)
         is_full = outcome.end_reason is EndReason.DISK_FULL
         end_reason, message = (outcome.end_reason, outcome.message) if is_full else (None, "")
@@ -383,6 +398,7 @@ class Keeper:
             pause=reason,
             stop=None,
             stop_time=0,
+            wish_request_id="",
             end_reason=end_reason,
             end_message=message,
             exit_code=exit_.code,
@@ -403,14 +419,27 @@ class Keeper:
 
     def stays_paused(self, run: Run) -> Run:
         """Records that a run that waits for room does not go on by itself."""
-        notice = Notice(
-            reason="PAUSED_ON_REQUEST",
-            message="A pause was asked for: it does not go on by itself once there is room.",
+        run = replace(run, pause=PauseReason.REQUESTED, end_message=stays_paused(run))
+        notice = Notice(reason="PAUSED_ON_REQUEST", message=run.end_message)
+        self._change(
+            run,
+            [build.reported(now_us(), run.number, notice)],
+            caused_by=logs.request_id(),
+            pause_reason=run.pause,
+            end_message=run.end_message,
         )
-        run = replace(run, pause=PauseReason.REQUESTED)
-        event = build.reported(now_us(), run.number, notice)
-        self._change(run, [event], caused_by=logs.request_id(), pause_reason=PauseReason.REQUESTED)
+        rewrite_ended(run)
         return run
+
+    def resume_refused(self, run: Run, message: str) -> None:
+        """Says, once, why a run that waits for room can't go on by itself although there is."""
+        if run.end_message == message:
+            return
+        run = replace(run, end_message=message)
+        notice = Notice(reason="RESUME_REFUSED", message=message)
+        event = build.reported(now_us(), run.number, notice)
+        self._change(run, [event], end_message=message)
+        rewrite_ended(run)
 
     def resumed(
         self,
@@ -430,6 +459,8 @@ class Keeper:
             state=TaskState.QUEUED,
             attempt=run.attempt + has_begun,
             starts=0,
+            # Where it goes on by itself, it is still what that call has started.
+            request_id=logs.request_id() or run.request_id,
             pause=None,
             end_reason=None,
             end_message="",
@@ -449,6 +480,7 @@ class Keeper:
             task = replace(
                 task,
                 state=TaskState.QUEUED,
+                last_checkpoint=run.last_checkpoint,
                 pause_reason=None,
                 end_reason=None,
                 end_message="",
@@ -469,25 +501,6 @@ class Keeper:
             task = self.task_of(run)
             task = replace(task, update_time=now_us(), revision=task.revision + 1)
             self._records.save_task(connection, task)
-
-    def _measurement(self, run: Run, report: ProbeReport) -> Measurement | None:
-        """What a probe's report is to later estimates; None where it can't be told what of."""
-        path = Path(run.parameters.data.model_path or "")
-        devices = [device for device in list_devices() if device.id == run.device]
-        try:
-            model = model_key(base_folder(path))
-        except (OSError, ModelUnreadable):
-            return None
-        if not devices:  # it has gone meanwhile
-            return None
-        return Measurement(
-            time=now_us(),
-            model=model,
-            device=device_key(devices[0]),
-            training_type=self.task_of(run).training_type,
-            parameters=run.parameters,
-            report=report,
-        )
 
     def _last_events(self, task: Task, run: Run) -> list[event_pb2.Event]:
         after = max(0, task.last_seq - EVENTS_LOOKED_AT)
@@ -581,17 +594,3 @@ def _queued(run: Run) -> dict[str, Any]:
         "end_time": 0,
         "pause_reason": None,
     }
-
-
-def _changes(payload: Payload, run: Run) -> dict[str, Any]:
-    """What an event changes in its task."""
-    if isinstance(payload, Progress):
-        return {"progress": payload}
-    if isinstance(payload, CheckpointSaved):
-        return {"last_checkpoint": payload.path}
-    if isinstance(payload, PhaseChange):
-        # Once a stop is under way, saving is part of it.
-        if run.stop:
-            return {"phase": RunPhase.PAUSING if run.pause else RunPhase.STOPPING}
-        return {"phase": payload.phase}
-    return {}

@@ -116,6 +116,16 @@ def waiting_for_room(run: Run, outcome: Result, needs: Sequence[Need]) -> str:
     return f"{outcome.message} The run is paused; once {room}, it {goes_on}."
 
 
+def stays_paused(run: Run) -> str:
+    """What is said where a pause is asked for of a run that waited for room."""
+    begins = run.last_checkpoint or run.parameters.data.resume_from_checkpoint
+    goes_on = f"goes on from {begins}" if begins else "begins anew"
+    return (
+        f"{ENDS[EndReason.DISK_FULL].sentence.en} A pause was asked for: the run {goes_on} "
+        "once it is resumed, and not by itself."
+    )
+
+
 def _without_result(evidence: Evidence) -> tuple[EndReason, str]:
     exit_ = evidence.exit
     if evidence.stop is not None and evidence.was_forced:

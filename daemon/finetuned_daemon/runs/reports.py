@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from google.protobuf import json_format
 from pydantic import ValidationError
 
 from finetuned.v1 import event_pb2
 from finetuned_daemon.events import build
-from finetuned_daemon.runs.contract import EventLine, Payload, PhaseChange, RunPhase
+from finetuned_daemon.runs.contract import (
+    CheckpointSaved,
+    EventLine,
+    Payload,
+    PhaseChange,
+    Progress,
+    RunPhase,
+)
 from finetuned_daemon.tasks import Run
 
 _WIDEST_GAP = 10_000
@@ -58,6 +66,20 @@ def read(line: EventLine, run: Run) -> tuple[Payload, event_pb2.Event] | None:
     except (ValueError, OverflowError, json_format.ParseError) as error:
         # JSON has numbers, times and characters that events have not.
         raise Unreadable("it is out of all bounds") from error
+
+
+def changes(payload: Payload, run: Run) -> dict[str, Any]:
+    """What an event changes in its task."""
+    if isinstance(payload, Progress):
+        return {"progress": payload}
+    if isinstance(payload, CheckpointSaved):
+        return {"last_checkpoint": payload.path}
+    if isinstance(payload, PhaseChange):
+        # Once a stop is under way, saving is part of it.
+        if run.stop:
+            return {"phase": RunPhase.PAUSING if run.pause else RunPhase.STOPPING}
+        return {"phase": payload.phase}
+    return {}
 
 
 def _wrong(error: ValidationError) -> str:

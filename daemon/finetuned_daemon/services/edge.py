@@ -148,10 +148,21 @@ class TooLarge:
 class Edge(aio.ServerInterceptor):
     """Wraps every rpc: access, limits, decoding, log, errors."""
 
-    def __init__(self, access: Access, limits: Limits) -> None:
+    def __init__(self, access: Access, limits: Limits, shared: Calls | None = None) -> None:
         self._access = access
         self._limits = limits
-        self._calls = Calls(limits, lambda error, context: to_status(error, language(context)))
+        self._calls = shared or Calls(
+            limits, lambda error, context: to_status(error, language(context))
+        )
+        self._is_tcp = shared is not None
+
+    def for_tcp(self) -> Edge:
+        """The same for the server of TCP: who shows no good token is refused by the headers.
+
+        gRPC hands a call to its handler once the message is there; until then calls of anybody
+        on the machine would cost memory, and be in no count.
+        """
+        return Edge(self._access, self._limits, self._calls)
 
     async def wait_until_idle(self, seconds: float) -> None:
         """Returns once no call is under way, or time is up."""
@@ -166,6 +177,12 @@ class Edge(aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None:  # no such method: gRPC answers UNIMPLEMENTED itself
             return handler
+        if self._is_tcp:
+            try:
+                metadata = handler_call_details.invocation_metadata or ()
+                self._access.check(handler_call_details.method, "tcp", metadata)
+            except DaemonError as error:
+                return self._refusal(error, handler_call_details)
         changes: dict[str, Any] = {}
         changes["request_deserializer"] = _forgiving(
             handler.request_deserializer, self._limits["message_bytes"]
@@ -183,6 +200,14 @@ class Edge(aio.ServerInterceptor):
 
             changes["stream_stream"] = self._stream(checked, details)
         return handler._replace(**changes)
+
+    def _refusal(self, error: DaemonError, details: grpc.HandlerCallDetails) -> Any:
+        async def refuse(_: Any, context: aio.ServicerContext[Any, Any]) -> None:
+            async with self._calls.call(details, context, is_stream=True):
+                raise error
+
+        # This kind alone is called before any message has come.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _unary(
         self,

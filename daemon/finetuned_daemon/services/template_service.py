@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from grpc import aio
@@ -29,19 +30,18 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
     async def CreateTemplate(  # noqa: N802, D102 - described in the proto, as all rpcs here
         self, request: template_service_pb2.CreateTemplateRequest, context: _Context
     ) -> template_service_pb2.CreateTemplateResponse:
-        task = self._manager.get(request.task) if request.task else None
         wrong = list[Violation]()
         training_type = convert.training_type(request.template.training_type, wrong)
         repeat = request_id(request, _created, wrong)
         answer = self._templates.create(
             NewTemplate(
-                training_type=training_type or (task.training_type if task else None),
+                training_type=training_type,
                 parameters=protos.to_dict(request.template.parameters),
                 display_name=request.template.display_name,
                 template_id=request.template_id,
                 wrong=wrong,
             ),
-            task.parameters if task else None,
+            partial(self._manager.get, request.task) if request.task else None,
             repeat,
         )
         if isinstance(answer, bytes):

@@ -13,15 +13,17 @@ class RunOutline:
 
     name: str
     state: str
+    end_reason: str
     run_dir: str
     attempt: int
+    has_begun: bool
+    """Its present process is known; before, there may be no folder for it."""
     ingested_seq: int
 
-    @property
-    def attempt_dir(self) -> Path:
-        """As `Run.attempt_dir`."""
+    def attempt_dir(self, attempt: int) -> Path:
+        """As `Run.attempt_dir`, of any of its processes."""
         folder = Path(self.run_dir)
-        return folder if self.attempt == 1 else folder / f"attempt-{self.attempt}"
+        return folder if attempt == 1 else folder / f"attempt-{attempt}"
 
 
 def outline(connection: sqlite3.Connection) -> tuple[set[str], list[RunOutline]]:
@@ -34,8 +36,10 @@ def outline(connection: sqlite3.Connection) -> tuple[set[str], list[RunOutline]]
         RunOutline(
             name=f"tasks/{row['task_id']} run {row['number']}",
             state=row["state"],
+            end_reason=row["end_reason"] or "",
             run_dir=row["run_dir"],
             attempt=row["attempt"] if "attempt" in row.keys() else 1,  # noqa: SIM118 - not a dict
+            has_begun=row["identity"] is not None or row["ingested_seq"] > 0,
             ingested_seq=row["ingested_seq"],
         )
         for row in rows

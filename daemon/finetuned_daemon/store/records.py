@@ -338,6 +338,7 @@ def _run_columns(run: Run) -> dict[str, object]:
         "pause": run.pause,
         "resume_path": run.resume_path,
         "request_id": run.request_id,
+        "wish_request_id": run.wish_request_id,
         "ingested_bytes": run.ingested_bytes,
         "ingested_seq": run.ingested_seq,
     }
@@ -376,6 +377,7 @@ def _run(row: sqlite3.Row) -> Run:
         pause=PauseReason(row["pause"]) if row["pause"] else None,
         resume_path=row["resume_path"],
         request_id=row["request_id"],
+        wish_request_id=row["wish_request_id"],
         ingested_bytes=row["ingested_bytes"],
         ingested_seq=row["ingested_seq"],
     )

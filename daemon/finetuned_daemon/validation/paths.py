@@ -34,7 +34,10 @@ def check_outside(field: str, text: str, own: Sequence[str]) -> list[Violation]:
     """A path that leads into none of the daemon's own folders, by whatever links."""
     if check_path(field, text):  # said by another check
         return []
-    real = os.path.realpath(text)
+    try:
+        real = os.path.realpath(text)
+    except OSError as error:  # a link of /proc that leads into somebody else's process
+        return [unusable(field, text, error)]
     if not any(real == folder or real.startswith(f"{folder}{os.sep}") for folder in own):
         return []
     sentence = Text(
