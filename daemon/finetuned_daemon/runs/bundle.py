@@ -43,6 +43,7 @@ _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """A file of the run folder is missing, or something else is in its place."""
 
 _CHUNK = 1 << 20
+_HUNG = "hung"
 _CONSOLE_KEPT = 4 << 20
 LONGEST_LINE = 4 << 20
 """A line of events longer than this is skipped: no runner of ours writes one."""
@@ -170,7 +171,7 @@ class Bundle:
 
         What it printed stays.
         """
-        for name in (HEARTBEAT, EVENTS, CONTROL, PROCESS):
+        for name in (HEARTBEAT, EVENTS, CONTROL, PROCESS, _HUNG):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -179,6 +180,18 @@ class Bundle:
                 path.unlink()
         if self.path.is_dir():
             sync_dir(self.path)
+
+    def mark_hung(self) -> None:
+        """Notes, before it is ended for want of signs of life, why: the next daemon has to know.
+
+        Raises:
+            OSError: It can't be written.
+        """
+        write_atomic(self.path / _HUNG, b"")
+
+    def is_marked_hung(self) -> bool:
+        """Whether a daemon has ended it for want of signs of life."""
+        return (self.path / _HUNG).exists()
 
     def bound_console(self, most: int) -> None:
         """Begins `console.log` anew where it has become longer, and keeps its end beside it.

@@ -129,6 +129,7 @@ class Supervisor:
         process = RunnerProcess.adopt(identity, run.attempt_dir)
         live = _Live(run, bundle, process, was_alive=not process.gone.is_set())
         live.saves = bundle.read_control().save
+        live.was_hung = bundle.is_marked_hung()
         if run.stop is not None:
             # The wish is durable before the file is written; the daemon may have died between the
             # two.
@@ -435,6 +436,10 @@ class Supervisor:
         if number is not None and number not in live.signals:
             _log.warning("run %d gives no sign of life: %s", live.run.key, number.name)
             live.was_hung = True
+            try:
+                live.bundle.mark_hung()
+            except OSError as error:  # a full disk; this daemon knows it all the same
+                _log.warning("%s", error)
             live.signals.append(number)
             live.process.signal_group(number)
 
