@@ -224,6 +224,21 @@ def leave_stderr(stderr_file: Path) -> None:
                 handler.setLevel(logging.CRITICAL)
 
 
+def end() -> None:
+    """Lets go of stdout and stderr, at the daemon's end.
+
+    What a full disk behind them has not taken would be tried again by Python, and its failure would
+    become the exit status.
+    """
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
 def _is_stderr(file: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(2), file.stat())

@@ -69,6 +69,7 @@ def _serve(config: Config) -> int:
         return EXIT_UNUSABLE
     finally:
         instance.close()
+        logs.end()
     return 0
 
 

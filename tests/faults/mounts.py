@@ -72,7 +72,8 @@ class Disk:
     def fill(self) -> None:
         """Leaves not a byte."""
         status = os.statvfs(self.path)  # it shrinks to what is used: that takes no memory
-        used = (status.f_blocks - status.f_bfree) * status.f_frsize
+        # A size of 0 would be no limit at all, and the file that fills it all the machine's memory.
+        used = max(status.f_blocks - status.f_bfree, 1) * status.f_frsize
         self._remount(0, f"size={used}".encode())
         with contextlib.suppress(OSError), open(self._filler, "ab", buffering=0) as file:
             while True:

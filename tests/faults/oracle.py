@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +306,11 @@ class Oracle:
         for run, numbers in steps.items():
             if self.steps_are_dense and numbers != list(range(1, len(numbers) + 1)):
                 self.wrong.append(f"{task.name}: run {run} reports the steps {numbers}")
+
+    def pruned(self, paths: Set[str]) -> None:
+        """The run has begun to remove these checkpoints, whether it was reported or not."""
+        for checkpoints in self._checkpoints.values():
+            checkpoints -= paths
 
     def _check_checkpoints(self, daemon: Daemon, name: str) -> None:
         wanted = self._checkpoints.get(name)

@@ -148,6 +148,10 @@ class _Recorded:
             return bisect.bisect_left([record.at for record in self.records], position)
         return rng.randrange(len(self.records))
 
+    def removed(self, index: int) -> set[str]:
+        """The folders that had lost their names at a cut."""
+        return {r.path for r in self.records[: index + 1] if r.op is Op.RENAME}
+
     def told_by(self, index: int) -> Oracle:
         """What clients had been told at a cut."""
         return self.story.at(self.records, self.records[index].at)
@@ -171,6 +175,7 @@ def _if_known(name: str, say: Say) -> Say:
 def _judge(recorded: _Recorded, index: int) -> None:
     """Starts a daemon on the disk that is in place, and compares."""
     daemon, oracle = recorded.daemon, recorded.told_by(index)
+    oracle.pruned(recorded.removed(index))  # by save_total_limit, before it was reported
     daemon.start()
     try:
         tasks = daemon.tasks.ListTasks(task_service_pb2.ListTasksRequest(page_size=1)).tasks
@@ -441,7 +446,7 @@ def power_lost_with_a_real_run(world: World) -> None:
 
 def _what_is_wrong(recorded: _Recorded, index: int, seen: Disk) -> Iterator[str]:
     """What is missing or half there in the folders of the run, without a daemon."""
-    removed = {r.path for r in recorded.records[: index + 1] if r.op is Op.RENAME}
+    removed = recorded.removed(index)
     for path in recorded.told_by(index).checkpoints:
         if path not in removed and not Path(path).is_dir():
             yield f"{path} was reported and is not there"
