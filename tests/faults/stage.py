@@ -124,6 +124,15 @@ class LiveRun:
         with self._daemon.watch(self.name) as watch:
             watch.until_step(step)
 
+    def until_quiet(self) -> None:
+        """Waits until it writes nothing any more: it has taken the steps that it may."""
+        done = STEPS - self.left
+        with self._daemon.watch(self.name) as watch:
+            if done:
+                watch.until_step(done)
+            else:
+                watch.until(lambda e: e.phase_change.phase == task_pb2.RUN_PHASE_TRAINING)
+
     def adopt(self, since: float | None = None) -> None:
         """The next daemon takes it over; killed first where it lives."""
         self._world.restart(self._daemon, lives=(self.name, self.pid), since=since)
