@@ -5,10 +5,12 @@ from __future__ import annotations
 from finetuned_daemon.backups import DailyBackups
 from finetuned_daemon.config import Config
 from finetuned_daemon.dataset.worker import Worker
+from finetuned_daemon.devices import Looks
 from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.events.retention import Retention
 from finetuned_daemon.limits import Limits, open_files
 from finetuned_daemon.manager import Manager
+from finetuned_daemon.notify.notifier import Notifier
 from finetuned_daemon.planner import Planner
 from finetuned_daemon.power import Power
 from finetuned_daemon.requests import Repeats
@@ -30,6 +32,7 @@ class App:
         records = Records(database, self.limits)
         repeats = Repeats(database)
         self.backups = DailyBackups(config, database)
+        self.looks = Looks()
         self.environment = Environment(config)
         self.worker = Worker(config)
         self.quota = Quota(config.training_quota, Ledger(database), records)
@@ -51,6 +54,15 @@ class App:
             quota=self.quota,
         )
         self.power = Power(self.manager.runs.save_now)
+        self.notifier = Notifier(
+            config.notify,
+            database,
+            records,
+            config.paths,
+            most=self.limits["notifications"],
+            umask=config.runner_umask,
+        )
+        self.manager.events.within = self.notifier.note
         self.manager.events.on_end = self.retention.look
         self.limits.count_by("tasks", records.count)
         self.limits.count_by("queued_tasks", lambda: records.count(TaskState.QUEUED))
@@ -64,4 +76,5 @@ class App:
         await self.worker.close()
         await self.environment.close()
         await self.manager.close()
+        await self.notifier.close()
         await self.backups.close()

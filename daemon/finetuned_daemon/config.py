@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetuned._paths import Paths
 from finetuned_daemon.listen import Listen
+from finetuned_daemon.notify.settings import NotifySettings
 from finetuned_daemon.tls import TLSFiles
 
 
@@ -60,6 +61,10 @@ class Config:
     """Age of the newest backup of the database at which the next is made; 0: none is made."""
     backup_keep: int = 7
     """How many of those stay."""
+    notify: NotifySettings = field(default_factory=NotifySettings)
+    """Who is told when a run ends or needs somebody."""
+    prometheus: Listen | None = None
+    """Loopback address that metrics are served on for Prometheus; None: they are not."""
     may_be_new: bool = False
     """Begins with an empty database although there are run folders."""
     runner_umask: int = 0o022

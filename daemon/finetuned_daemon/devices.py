@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 import platform
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +19,8 @@ import psutil
 _log = logging.getLogger(__name__)
 
 CPU = "cpu"
+
+_SAME_MOMENT_SECONDS = 0.25
 
 
 class DeviceType(StrEnum):
@@ -37,6 +43,8 @@ class Device:
     cores: int = 0
     compute_capability: str = ""
     driver_version: str = ""
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
 
 
 def list_devices() -> list[Device]:
@@ -99,17 +107,59 @@ def _gpus() -> list[Device]:
 def _gpu(nvml: Any, handle: Any, index: int, driver: str) -> Device:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    try:
-        utilization: float | None = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-    except nvml.NVMLError:  # not told by every card, nor for a MIG slice
-        utilization = None
+
+    def told(look: Callable[[], float]) -> float | None:
+        try:
+            return look()
+        except nvml.NVMLError:  # not told by every card, nor for a MIG slice
+            return None
+
     return Device(
         id=f"cuda:{index}",
         type=DeviceType.CUDA,
         product_name=str(nvml.nvmlDeviceGetName(handle)),
         memory_total_bytes=int(memory.total),
         memory_free_bytes=int(memory.free),
-        utilization=utilization,
+        utilization=told(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
         compute_capability=f"{major}.{minor}",
         driver_version=driver,
+        temperature_celsius=told(
+            lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
+        ),
+        power_watts=told(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
     )
+
+
+@dataclass(frozen=True)
+class Look:
+    """The devices as they were at a moment."""
+
+    devices: list[Device]
+    time: int
+    """Microseconds since the epoch."""
+
+
+class Looks:
+    """Looks at the devices for many at once: those who ask at the same moment share one look.
+
+    The use of the CPU is measured from one look to the next, so that two right behind each other
+    would say nothing.
+    """
+
+    def __init__(self) -> None:
+        self._look: asyncio.Task[Look] | None = None
+        self._until = 0.0
+
+    async def look(self) -> Look:
+        """The devices as they are now, or were a moment ago."""
+        if self._look is None or time.monotonic() > self._until:
+            self._until = math.inf  # as long as it takes
+            self._look = asyncio.create_task(self._begin())
+        return await asyncio.shield(self._look)
+
+    async def _begin(self) -> Look:
+        try:
+            devices = await asyncio.to_thread(list_devices)
+            return Look(devices, time.time_ns() // 1000)
+        finally:
+            self._until = time.monotonic() + _SAME_MOMENT_SECONDS

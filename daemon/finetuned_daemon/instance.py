@@ -33,12 +33,16 @@ class AlreadyServing(Exception):
 class Instance:
     """Holds the folders of one daemon from its start to its end."""
 
-    def __init__(self, paths: Paths, private: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, paths: Paths, private: Sequence[Path] = (), *, is_activated: bool = False
+    ) -> None:
         """Takes the folders.
 
         Args:
             paths: Where they are.
             private: What else must be this user's alone, where it is there.
+            is_activated: A service manager listens at the socket that clients dial. It is left
+                alone, and the daemon has another beside it.
 
         Raises:
             FolderUnsafe: Another user could read or replace what lies in them.
@@ -46,6 +50,8 @@ class Instance:
             OSError: They can't be made.
         """
         self.paths = paths
+        self.socket = paths.runtime_dir / "daemon.sock" if is_activated else paths.socket
+        """Where gRPC listens."""
         for folder in (paths.state_dir, paths.runtime_dir):
             make_private(folder)
         for path in private:
@@ -77,6 +83,7 @@ class Instance:
             "version": __version__,
             "state_dir": str(self.paths.state_dir),
             "boot_id": boot_id(),
+            "is_activated": self.socket != self.paths.socket,
         }
         self._has_announced = True
         # Beside the database too: who serves it may have another runtime folder.
@@ -89,7 +96,7 @@ class Instance:
 
     def close(self) -> None:
         """Gives the folders back."""
-        for path in (self.paths.endpoint, self.paths.socket):
+        for path in (self.paths.endpoint, self.socket):
             path.unlink(missing_ok=True)
         # Else it is that of a daemon that was killed, and tells the next start that it was.
         if self._has_announced:
@@ -103,7 +110,7 @@ class Instance:
 
     def _clear_socket(self) -> None:
         """Removes the socket of a daemon that is gone; told by connecting, never by its age."""
-        path = self.paths.socket
+        path = self.socket
         if not os.path.lexists(path):
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -116,7 +123,10 @@ class Instance:
                 path.unlink(missing_ok=True)
                 return
         self._unlock()
-        raise AlreadyServing(f"somebody serves on {path}, although the lock is free")
+        raise AlreadyServing(
+            f"somebody serves on {path}, although the lock is free; a socket unit, perhaps: "
+            "finetuned service status"
+        )
 
 
 def _describe(folder: Path, endpoint: Path) -> str:

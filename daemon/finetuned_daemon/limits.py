@@ -69,6 +69,28 @@ LIMITS: tuple[Limit, ...] = (
         beyond="the page ends earlier, and the next goes on",
     ),
     Limit(
+        name="metric_points",
+        default=50_000,
+        unit="points",
+        bounds="one page of GetMetrics, of all curves together",
+        beyond="INVALID_ARGUMENT, `OUT_OF_RANGE`",
+    ),
+    Limit(
+        name="thinned_points",
+        default=100_000,
+        unit="points",
+        bounds="the answer to GetMetrics with `max_points`, of all curves together",
+        beyond="each curve is thinned out further",
+    ),
+    Limit(
+        name="kept_points",
+        default=2_000_000,
+        unit="points",
+        bounds="points of curves that stay in memory for a minute after GetMetrics, about 20 bytes "
+        "each; those of the run asked for last always do",
+        beyond="those asked for longest ago are read from the log again",
+    ),
+    Limit(
         name="watch_page_bytes",
         default=64 << 10,
         unit="bytes",
@@ -216,6 +238,13 @@ LIMITS: tuple[Limit, ...] = (
         unit="bytes",
         bounds="`console.log` of a run, what no logger caught",
         beyond="its end is kept in `console.log.1`, and it begins anew",
+    ),
+    Limit(
+        name="notifications",
+        default=1000,
+        unit="notifications",
+        bounds="notifications that are kept, delivered or not",
+        beyond="the oldest is deleted",
     ),
     # --- lengths
     Limit(

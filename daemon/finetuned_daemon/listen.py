@@ -56,3 +56,19 @@ def parse_listen(address: str, *, has_tls: bool) -> Listen:
             "over ssh"
         )
     return Listen(f"[{bare}]" if ip.version == 6 else bare, int(port), ip.is_loopback)
+
+
+def parse_metrics_listen(address: str) -> Listen:
+    """Reads an address that metrics are served on.
+
+    Raises:
+        BadAddress: It is none, or is not loopback: there is no token and no encryption.
+    """
+    listen = parse_listen(address, has_tls=True)
+    if not listen.is_loopback:
+        raise BadAddress(
+            f"{address!r} can be reached from other machines, and metrics have neither a token nor "
+            "encryption: serve them on 127.0.0.1:9464, and let an agent on this machine or a "
+            "reverse proxy with TLS and a password pass them on"
+        )
+    return listen

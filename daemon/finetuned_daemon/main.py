@@ -9,17 +9,21 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from finetuned._paths import RUNTIME_DIR_VARIABLE, STATE_DIR_VARIABLE, paths
 from finetuned._version import __version__
 from finetuned_daemon import logs
-from finetuned_daemon.commands import db, token
+from finetuned_daemon.commands import db, notify, service, token
 from finetuned_daemon.config import Config
 from finetuned_daemon.instance import AlreadyServing, Instance
 from finetuned_daemon.limits import LIMITS, Limits, raise_open_files
-from finetuned_daemon.listen import BadAddress, parse_listen
+from finetuned_daemon.listen import BadAddress, parse_listen, parse_metrics_listen
+from finetuned_daemon.notify.settings import add_options as add_notify_options
+from finetuned_daemon.notify.settings import settings as notify_settings
 from finetuned_daemon.privacy import FolderUnsafe
+from finetuned_daemon.service import handed
 from finetuned_daemon.store.database import DatabaseUnusable
 from finetuned_daemon.store.files import FolderRemote, refuse_network
 from finetuned_daemon.tls import TLSFiles, TLSUnusable
@@ -40,11 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return db.run(arguments)
     if arguments.command == token.COMMAND:
         return token.run(arguments)
+    if arguments.command == notify.COMMAND:
+        return notify.run(arguments, umask)
+    if arguments.command == service.COMMAND:
+        return service.run(arguments)
     return _serve(_config(serve_parser, arguments, umask))
 
 
 def _serve(config: Config) -> int:
     """Runs the daemon in the foreground; returns the exit status."""
+    if config.prometheus is not None and find_spec("prometheus_client") is None:
+        print(
+            "finetuned: --prometheus needs the package prometheus-client; install it with\n"
+            f"    {sys.executable} -m pip install 'finetuned[prometheus]'",
+            file=sys.stderr,
+        )
+        return EXIT_UNUSABLE
     # Half of what takes time before `finetuned token` answers, and only this command needs it.
     from finetuned_daemon.server import serve
 
@@ -52,18 +67,20 @@ def _serve(config: Config) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal is no reason to end
     try:
         refuse_network(config.paths.state_dir)
-        instance = Instance(config.paths, config.private)
+        given = handed.take(config.paths, os.environ)
+        is_activated = given.listening is not None
+        instance = Instance(config.paths, config.private, is_activated=is_activated)
     except AlreadyServing as error:
         print(f"finetuned: {error}", file=sys.stderr)
         return EXIT_ALREADY_SERVING
-    except (FolderRemote, FolderUnsafe, OSError) as error:
+    except (FolderRemote, FolderUnsafe, handed.HandedUnusable, OSError) as error:
         print(f"finetuned: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
     limits = Limits(config.limits)
     logs.set_up(config.paths.log_file, config.paths.log, limits, config.log_level)
     raise_open_files(limits["open_files"])
     try:
-        asyncio.run(serve(config, instance))
+        asyncio.run(serve(config, instance, given))
     except (BadAddress, DatabaseUnusable, FolderUnsafe, TLSUnusable) as error:
         print(f"finetuned: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
@@ -182,9 +199,31 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="the least that is shown on stderr; the log file has info and above, and with debug "
         "all",
     )
+    command.add_argument(
+        "--prometheus",
+        metavar="ADDRESS:PORT",
+        help="serve metrics for Prometheus on http://ADDRESS:PORT/metrics, without a token: "
+        "loopback only, such as 127.0.0.1:9464",
+    )
+    add_notify_options(command)
     db.register(commands)
     token.register(commands)
+    notify.register(commands)
+    service.register(commands)
     return parser, command
+
+
+def parse_serve(options: Sequence[str]) -> tuple[Config, dict[str, object]]:
+    """What options of `serve` mean, for whoever starts it later; wrong ones end the program.
+
+    Returns:
+        The settings, and the options by name whose values are not the defaults.
+    """
+    parser, serve_parser = _parser()
+    given = parser.parse_args(["serve", *options])
+    default = vars(parser.parse_args(["serve"]))
+    changed = {name: value for name, value in vars(given).items() if value != default[name]}
+    return _config(serve_parser, given, 0o022), changed
 
 
 def _config(parser: argparse.ArgumentParser, arguments: argparse.Namespace, umask: int) -> Config:
@@ -202,6 +241,10 @@ def _config(parser: argparse.ArgumentParser, arguments: argparse.Namespace, umas
         listen = tuple(parse_listen(a, has_tls=tls is not None) for a in arguments.listen)
     except BadAddress as error:
         parser.error(f"--listen {error}")
+    try:
+        prometheus = parse_metrics_listen(arguments.prometheus) if arguments.prometheus else None
+    except BadAddress as error:
+        parser.error(f"--prometheus {error}")
     given_state_dir = (
         arguments.state_dir if arguments.state_dir != default.paths.state_dir else None
     )
@@ -222,6 +265,8 @@ def _config(parser: argparse.ArgumentParser, arguments: argparse.Namespace, umas
         backup_hours=arguments.backup_hours,
         backup_keep=arguments.backup_keep,
         may_be_new=arguments.new_database,
+        notify=notify_settings(parser, arguments),
+        prometheus=prometheus,
         disk_wait_seconds=arguments.disk_wait_seconds,
         disk_look_seconds=arguments.disk_look_seconds,
         training_quota=arguments.training_quota,

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from finetuned.v1 import event_pb2
 from finetuned_daemon.checkpoints import Checkpoints, notices_of
 from finetuned_daemon.config import Config
 from finetuned_daemon.environment.environment import Environment
@@ -25,7 +26,10 @@ from finetuned_daemon.errors import (
     WrongState,
 )
 from finetuned_daemon.events import build
+from finetuned_daemon.events.changes import TaskChanges
+from finetuned_daemon.events.curves import Curves
 from finetuned_daemon.events.log import EventLog
+from finetuned_daemon.events.tally import Tally
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planner import Planner
 from finetuned_daemon.requests import (
@@ -88,6 +92,10 @@ class Manager:
         self._database = database
         self.records = records
         self.events = EventLog(database)
+        self.changes = TaskChanges(records)
+        self.tally = Tally()
+        self.events.on_append = self._appended
+        self.curves = Curves(database)
         self._repeats = repeats
         self._templates = templates
         self._judge = judge
@@ -104,6 +112,10 @@ class Manager:
             environment=environment,
             quota=quota,
         )
+
+    def _appended(self, task_key: int, events: Sequence[event_pb2.Event]) -> None:
+        self.tally.note(events)
+        self.changes.logged(task_key)
 
     def recover(self) -> None:
         """Takes over what the last daemon left."""

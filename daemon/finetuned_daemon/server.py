@@ -29,6 +29,9 @@ from finetuned_daemon.app import App
 from finetuned_daemon.config import Config
 from finetuned_daemon.instance import Instance
 from finetuned_daemon.limits import Limits
+from finetuned_daemon.scrape import PATH, ScrapeServer
+from finetuned_daemon.service.handed import Handed
+from finetuned_daemon.service.relay import Relay
 from finetuned_daemon.services.access import Access
 from finetuned_daemon.services.dataset_service import DatasetService
 from finetuned_daemon.services.edge import Edge
@@ -69,7 +72,7 @@ def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
     )
 
 
-async def serve(config: Config, instance: Instance) -> None:
+async def serve(config: Config, instance: Instance, handed: Handed) -> None:
     """Serves until SIGTERM, SIGINT or Shutdown; then closes streams and leaves runs alone."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -86,9 +89,10 @@ async def serve(config: Config, instance: Instance) -> None:
     tcp = aio.server(interceptors=[edge.for_tcp()], options=_options(app.limits))
     addresses = [f"unix:{config.paths.socket}"]
     # gRPC takes the path for part of a URI: a percent sign or a blank in it must be encoded.
-    server.add_insecure_port(f"unix:{quote(str(config.paths.socket))}")
-    config.paths.socket.chmod(0o600)
+    server.add_insecure_port(f"unix:{quote(str(instance.socket))}")
+    instance.socket.chmod(0o600)
     addresses += bind(tcp, config.listen, config.tls)
+    scrapes = await _bind_metrics(config, app, database, edge)
     servers = (server, tcp) if config.listen else (server,)
     statuses = health.aio.HealthServicer()
     await _add_services(servers, config, app, database, addresses, stopping, statuses)
@@ -97,22 +101,55 @@ async def serve(config: Config, instance: Instance) -> None:
     app.retention.start()
     for each in servers:
         await each.start()
+    if scrapes is not None:
+        await scrapes.start()
+    app.notifier.start()
     app.backups.start()
     app.power.start()
+    relay = Relay(handed.listening, instance.socket) if handed.listening is not None else None
     instance.announce(addresses)
     _log.info("serving on %s", ", ".join(addresses))
+    handed.tell("READY=1", f"STATUS=serving on {', '.join(addresses)}")
     logs.leave_stderr(config.paths.log)
     async with access.watched():
         await stopping.wait()
     _log.info("stopping; runs go on")
+    handed.tell("STOPPING=1", "STATUS=stopping; runs go on")
+    if relay is not None:
+        await relay.stop_accepting()
     await statuses.enter_graceful_shutdown()
     app.manager.events.wake_all()
+    app.manager.changes.wake_all()
     # gRPC itself would wait for idle connections too, and an idle client may never look at its
     # connection.
     await edge.wait_until_idle(_GRACE_SECONDS)
     await asyncio.gather(*(each.stop(_FLUSH_SECONDS) for each in servers))
+    if relay is not None:
+        await relay.close()
+    if scrapes is not None:
+        await scrapes.close()
     await app.close()
     database.close()
+
+
+async def _bind_metrics(
+    config: Config, app: App, database: Database, edge: Edge
+) -> ScrapeServer | None:
+    """Takes the address for Prometheus, where one is given.
+
+    Raises:
+        BadAddress: It can't be had.
+    """
+    if config.prometheus is None:
+        return None
+    # An extra, and 40 ms.
+    from finetuned_daemon.prometheus import Metrics
+
+    metrics = Metrics(app, database, edge.calls.answered, edge.calls.seconds)
+    server = ScrapeServer(metrics.render)
+    address = await server.bind(config.prometheus)
+    _log.info("metrics on http://%s%s", address, PATH)
+    return server
 
 
 async def _add_services(
@@ -135,9 +172,11 @@ async def _add_services(
         app.environment,
         app.limits,
         app.backups,
+        app.looks,
+        app.notifier,
         addresses=addresses,
         schema_version=database.schema_version,
-        shut_down=stopping.set,
+        stopping=stopping,
     )
     names = [
         file.services_by_name[name].full_name

@@ -153,7 +153,7 @@ def training_arguments(
         "neftune_noise_alpha": extensions.neftune_noise_alpha or None,
         "use_liger_kernel": extensions.use_liger_kernel,
         "torch_compile": extensions.torch_compile,
-        "report_to": extensions.report_to,
+        "report_to": "none",  # `reporting` does it
     }
     return TrainingArguments(**arguments)
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
 
 from finetuned_daemon.parameters.needs import needs_bitsandbytes
 from finetuned_daemon.runs.contract import Spec
-from finetuned_runner.reporting import prepare_reporting
 
 FIXED = {
     # A run never asks the hub: paths are local, and a task must behave the same without a network.
@@ -35,8 +33,6 @@ def prepare(spec: Spec) -> None:
         os.environ["OMP_NUM_THREADS"] = str(spec.num_threads)
     kind, _, number = spec.device.partition(":")
     os.environ["CUDA_VISIBLE_DEVICES"] = (number or "0") if kind == "cuda" else ""
-    if not spec.probe:
-        prepare_reporting(spec.parameters, Path(spec.output_dir))
     # None makes a package count as not installed. datasets is of no use here and costs 0.6 s;
     # bitsandbytes costs 2 s, and transformers and peft import it wherever it is installed.
     sys.modules["datasets"] = None  # type: ignore[assignment]

@@ -48,7 +48,7 @@ from finetuned_runner.progress import Meter
 from finetuned_runner.random_state import RandomState
 from finetuned_runner.ranking import Ranking
 from finetuned_runner.report import Report
-from finetuned_runner.reporting import end_reporting
+from finetuned_runner.reporting import Tracking
 from finetuned_runner.room import GivenUp, Room, size_of, size_of_state
 from finetuned_runner.samples import Samples
 
@@ -72,6 +72,7 @@ class RunTrainer(ComputingTrainer):
         checkpoint_quota: int | None,
         made_with: Manifest,
         room: Room,
+        tracking: Tracking,
         *,
         is_probe: bool = False,
         **trainer: Any,
@@ -85,6 +86,7 @@ class RunTrainer(ComputingTrainer):
         self._num_saved = 0
         self._report = report
         self._watch = watch
+        self._tracking = tracking
         self._output_dir = Path(cast("str", self.args.output_dir))
         self._meter = Meter()
         self._staging: Path | None = None
@@ -108,6 +110,7 @@ class RunTrainer(ComputingTrainer):
         """The checkpoint just saved was the last that the training quota allowed."""
         self.remove_callback(PrinterCallback)
         self.add_callback(_Flow(self))
+        self.add_callback(tracking)
 
     # --- what the recipes call
 
@@ -119,22 +122,22 @@ class RunTrainer(ComputingTrainer):
         """
         # What was imported stays: without this each full collection goes through all of it again.
         gc.freeze()
-        if resume is None:
-            self.train()
-        else:
-            manifest = self._restore(resume)
-            if manifest.step < self._total_steps():
-                self.train(resume_from_checkpoint=str(resume))
-            else:  # it broke off after its last step; the plain Trainer would train for one more
-                self._load_from_checkpoint(str(resume))
-                self._skip_to(manifest.step)
-        end_reporting(self._parameters, self._output_dir, self._report)
-        if (
-            self.is_stopped
-            and self._watch.wish is StopWish.SAVE
-            and self.state.global_step > self._first_step
-        ):
-            self._save_at_stop()
+        with self._tracking:
+            if resume is None:
+                self.train()
+            else:
+                manifest = self._restore(resume)
+                if manifest.step < self._total_steps():
+                    self.train(resume_from_checkpoint=str(resume))
+                else:  # it broke off after its last step; the plain Trainer would train one more
+                    self._load_from_checkpoint(str(resume))
+                    self._skip_to(manifest.step)
+            if (
+                self.is_stopped
+                and self._watch.wish is StopWish.SAVE
+                and self.state.global_step > self._first_step
+            ):
+                self._save_at_stop()
 
     def _skip_to(self, step: int) -> None:
         self.state.global_step = self._report.step = step
@@ -507,6 +510,7 @@ def make_trainer(
         spec.checkpoint_quota,
         checkpoint.made_with(spec, len(train_set)),
         Room(report, watch, 0.0 if spec.probe else spec.disk_wait_seconds),
+        Tracking(spec, parameters, report),
         is_probe=spec.probe,
         model=model,
         args=training_arguments(
@@ -589,11 +593,6 @@ class _Flow(TrainerCallback):
             control.should_training_stop = True
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        self._trainer.tell_metrics(logs or {})
+        self._trainer.tell_metrics(context["logs"] or {})

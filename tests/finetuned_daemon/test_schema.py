@@ -11,7 +11,7 @@ import pytest
 from google.protobuf import json_format
 
 from conftest import REPOSITORY
-from finetuned.cli import params
+from finetuned import _local
 from finetuned.v1 import parameter_service_pb2 as pb2
 from finetuned.v1 import parameters_pb2, task_pb2
 from finetuned_daemon.errors import Severity
@@ -177,9 +177,9 @@ def gaps(sections: Mapping[str, type[Section]]) -> list[str]:
         found += [f"{path}: it is in {place}, not in the models" for path in paths - set(of_models)]
     # The client makes paths absolute, and can't ask a daemon which fields are paths.
     found += [
-        f"{path}: it is a path, and not in _PATHS of cli/params.py"
+        f"{path}: it is a path, and not in PATHS of _local.py"
         for path, is_path in of_models.items()
-        if is_path and path not in params._PATHS
+        if is_path and path not in _local.PATHS
     ]
     return found
 
@@ -226,7 +226,7 @@ def test_for_a_new_parameter_it_is_said_what_is_missing() -> None:
         "general.folder: it is not in parameters.proto",
         "general.folder: it is not in tests/data",
         "general.folder: it is not in the stubs",
-        "general.folder: it is a path, and not in _PATHS of cli/params.py",
+        "general.folder: it is a path, and not in PATHS of _local.py",
     ]
     assert "lora.lora_r: it is in the stubs, not in the models" in found
 

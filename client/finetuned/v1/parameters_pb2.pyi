@@ -643,8 +643,8 @@ class ExtensionParameters(_message.Message):
     torch_compile: _builtins.bool
     """Compile the model before it computes. Default false."""
     report_to: _builtins.str
-    """Tool that the metrics are also written for, below the run's output folder: none, tensorboard, wandb, mlflow or swanlab.
-    Default none.
+    """Tool that the metrics are also written for, below the run's output folder: none, tensorboard, wandb, mlflow, trackio or
+    swanlab. Default none.
     """
     retry_out_of_memory: _builtins.bool
     """Halve the batch and go on from the newest checkpoint after running out of memory, three times at most. Default false."""

@@ -25,45 +25,49 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!finetuned/v1/system_service.proto\x12\x0c\x66inetuned.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetSystemInfoRequest\"\xc1\x03\n\x15GetSystemInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x11\n\taddresses\x18\x03 \x03(\t\x12\x11\n\tstate_dir\x18\x04 \x01(\t\x12\x13\n\x0bruntime_dir\x18\x05 \x01(\t\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrunner_python\x18\x07 \x01(\t\x12\x16\n\x0epython_version\x18\x08 \x01(\t\x12\x16\n\x0esqlite_version\x18\t \x01(\t\x12\x10\n\x08platform\x18\n \x01(\t\x12\x15\n\rrunning_tasks\x18\x0b \x01(\x05\x12\x14\n\x0cqueued_tasks\x18\x0c \x01(\x05\x12\x16\n\x0eschema_version\x18\r \x01(\x05\x12#\n\x06limits\x18\x0e \x03(\x0b\x32\x13.finetuned.v1.Limit\x12\x34\n\x10last_backup_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08log_path\x18\x10 \x01(\t\x12\x14\n\x0cpaused_tasks\x18\x11 \x01(\x05\"N\n\x05Limit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03\x12\x11\n\x04used\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04unit\x18\x04 \x01(\tB\x07\n\x05_used\"\x14\n\x12ListDevicesRequest\"<\n\x13ListDevicesResponse\x12%\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x14.finetuned.v1.Device\"\xa2\x02\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x04type\x18\x02 \x01(\x0e\x32\x18.finetuned.v1.DeviceType\x12\x14\n\x0cproduct_name\x18\x03 \x01(\t\x12\x1a\n\x12memory_total_bytes\x18\x04 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x05 \x01(\x03\x12\x18\n\x0butilization\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x63ores\x18\x07 \x01(\x05\x12\x1a\n\x12\x63ompute_capability\x18\x08 \x01(\t\x12\x16\n\x0e\x64river_version\x18\t \x01(\t\x12\x14\n\x0crunning_task\x18\n \x01(\t\x12\x14\n\x0cqueued_tasks\x18\x0b \x01(\x05\x42\x0e\n\x0c_utilization\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse\"*\n\x17\x43heckEnvironmentRequest\x12\x0f\n\x07refresh\x18\x01 \x01(\x08\"\xeb\x01\n\x18\x43heckEnvironmentResponse\x12)\n\x06status\x18\x01 \x01(\x0e\x32\x19.finetuned.v1.CheckStatus\x12,\n\x05items\x18\x02 \x03(\x0b\x32\x1d.finetuned.v1.EnvironmentItem\x12/\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1e.finetuned.v1.DeviceCapability\x12\x15\n\rrunner_python\x18\x04 \x01(\t\x12.\n\ncheck_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9a\x01\n\x0f\x45nvironmentItem\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x19.finetuned.v1.CheckStatus\x12\r\n\x05\x66ound\x18\x03 \x01(\t\x12\x0e\n\x06wanted\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x0e\n\x06remedy\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\"{\n\x10\x44\x65viceCapability\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x66\x31\x36\x18\x02 \x01(\x08\x12\x0c\n\x04\x66p16\x18\x03 \x01(\x08\x12\x0c\n\x04tf32\x18\x04 \x01(\x08\x12\x10\n\x08\x66our_bit\x18\x05 \x01(\x08\x12\x1b\n\x13\x65ight_bit_optimizer\x18\x06 \x01(\x08\"\x11\n\x0fGetQuotaRequest\"P\n\x10GetQuotaResponse\x12\x12\n\x05limit\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04used\x18\x02 \x01(\x03\x12\x10\n\x08reserved\x18\x03 \x01(\x03\x42\x08\n\x06_limit*T\n\nDeviceType\x12\x1b\n\x17\x44\x45VICE_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_TYPE_CPU\x10\x01\x12\x14\n\x10\x44\x45VICE_TYPE_CUDA\x10\x02*r\n\x0b\x43heckStatus\x12\x1c\n\x18\x43HECK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43HECK_STATUS_OK\x10\x01\x12\x18\n\x14\x43HECK_STATUS_WARNING\x10\x02\x12\x16\n\x12\x43HECK_STATUS_ERROR\x10\x03\x32\xb6\x03\n\rSystemService\x12X\n\rGetSystemInfo\x12\".finetuned.v1.GetSystemInfoRequest\x1a#.finetuned.v1.GetSystemInfoResponse\x12R\n\x0bListDevices\x12 .finetuned.v1.ListDevicesRequest\x1a!.finetuned.v1.ListDevicesResponse\x12\x61\n\x10\x43heckEnvironment\x12%.finetuned.v1.CheckEnvironmentRequest\x1a&.finetuned.v1.CheckEnvironmentResponse\x12I\n\x08GetQuota\x12\x1d.finetuned.v1.GetQuotaRequest\x1a\x1e.finetuned.v1.GetQuotaResponse\x12I\n\x08Shutdown\x12\x1d.finetuned.v1.ShutdownRequest\x1a\x1e.finetuned.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!finetuned/v1/system_service.proto\x12\x0c\x66inetuned.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetSystemInfoRequest\"\xfe\x03\n\x15GetSystemInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x11\n\taddresses\x18\x03 \x03(\t\x12\x11\n\tstate_dir\x18\x04 \x01(\t\x12\x13\n\x0bruntime_dir\x18\x05 \x01(\t\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rrunner_python\x18\x07 \x01(\t\x12\x16\n\x0epython_version\x18\x08 \x01(\t\x12\x16\n\x0esqlite_version\x18\t \x01(\t\x12\x10\n\x08platform\x18\n \x01(\t\x12\x15\n\rrunning_tasks\x18\x0b \x01(\x05\x12\x14\n\x0cqueued_tasks\x18\x0c \x01(\x05\x12\x16\n\x0eschema_version\x18\r \x01(\x05\x12#\n\x06limits\x18\x0e \x03(\x0b\x32\x13.finetuned.v1.Limit\x12\x34\n\x10last_backup_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08log_path\x18\x10 \x01(\t\x12\x14\n\x0cpaused_tasks\x18\x11 \x01(\x05\x12\x1d\n\x15pending_notifications\x18\x12 \x01(\x05\x12\x1c\n\x14\x66\x61iled_notifications\x18\x13 \x01(\x05\"N\n\x05Limit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03\x12\x11\n\x04used\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04unit\x18\x04 \x01(\tB\x07\n\x05_used\"\x14\n\x12ListDevicesRequest\"<\n\x13ListDevicesResponse\x12%\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x14.finetuned.v1.Device\"/\n\x13WatchDevicesRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"g\n\x14WatchDevicesResponse\x12%\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x14.finetuned.v1.Device\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x86\x03\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x04type\x18\x02 \x01(\x0e\x32\x18.finetuned.v1.DeviceType\x12\x14\n\x0cproduct_name\x18\x03 \x01(\t\x12\x1a\n\x12memory_total_bytes\x18\x04 \x01(\x03\x12\x19\n\x11memory_free_bytes\x18\x05 \x01(\x03\x12\x18\n\x0butilization\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x63ores\x18\x07 \x01(\x05\x12\x1a\n\x12\x63ompute_capability\x18\x08 \x01(\t\x12\x16\n\x0e\x64river_version\x18\t \x01(\t\x12\x14\n\x0crunning_task\x18\n \x01(\t\x12\x14\n\x0cqueued_tasks\x18\x0b \x01(\x05\x12 \n\x13temperature_celsius\x18\x0c \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0bpower_watts\x18\r \x01(\x01H\x02\x88\x01\x01\x42\x0e\n\x0c_utilizationB\x16\n\x14_temperature_celsiusB\x0e\n\x0c_power_watts\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse\"*\n\x17\x43heckEnvironmentRequest\x12\x0f\n\x07refresh\x18\x01 \x01(\x08\"\xeb\x01\n\x18\x43heckEnvironmentResponse\x12)\n\x06status\x18\x01 \x01(\x0e\x32\x19.finetuned.v1.CheckStatus\x12,\n\x05items\x18\x02 \x03(\x0b\x32\x1d.finetuned.v1.EnvironmentItem\x12/\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1e.finetuned.v1.DeviceCapability\x12\x15\n\rrunner_python\x18\x04 \x01(\t\x12.\n\ncheck_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9a\x01\n\x0f\x45nvironmentItem\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x19.finetuned.v1.CheckStatus\x12\r\n\x05\x66ound\x18\x03 \x01(\t\x12\x0e\n\x06wanted\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x0e\n\x06remedy\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\"{\n\x10\x44\x65viceCapability\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x66\x31\x36\x18\x02 \x01(\x08\x12\x0c\n\x04\x66p16\x18\x03 \x01(\x08\x12\x0c\n\x04tf32\x18\x04 \x01(\x08\x12\x10\n\x08\x66our_bit\x18\x05 \x01(\x08\x12\x1b\n\x13\x65ight_bit_optimizer\x18\x06 \x01(\x08\"\x11\n\x0fGetQuotaRequest\"P\n\x10GetQuotaResponse\x12\x12\n\x05limit\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04used\x18\x02 \x01(\x03\x12\x10\n\x08reserved\x18\x03 \x01(\x03\x42\x08\n\x06_limit*T\n\nDeviceType\x12\x1b\n\x17\x44\x45VICE_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_TYPE_CPU\x10\x01\x12\x14\n\x10\x44\x45VICE_TYPE_CUDA\x10\x02*r\n\x0b\x43heckStatus\x12\x1c\n\x18\x43HECK_STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43HECK_STATUS_OK\x10\x01\x12\x18\n\x14\x43HECK_STATUS_WARNING\x10\x02\x12\x16\n\x12\x43HECK_STATUS_ERROR\x10\x03\x32\x8f\x04\n\rSystemService\x12X\n\rGetSystemInfo\x12\".finetuned.v1.GetSystemInfoRequest\x1a#.finetuned.v1.GetSystemInfoResponse\x12R\n\x0bListDevices\x12 .finetuned.v1.ListDevicesRequest\x1a!.finetuned.v1.ListDevicesResponse\x12W\n\x0cWatchDevices\x12!.finetuned.v1.WatchDevicesRequest\x1a\".finetuned.v1.WatchDevicesResponse0\x01\x12\x61\n\x10\x43heckEnvironment\x12%.finetuned.v1.CheckEnvironmentRequest\x1a&.finetuned.v1.CheckEnvironmentResponse\x12I\n\x08GetQuota\x12\x1d.finetuned.v1.GetQuotaRequest\x1a\x1e.finetuned.v1.GetQuotaResponse\x12I\n\x08Shutdown\x12\x1d.finetuned.v1.ShutdownRequest\x1a\x1e.finetuned.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'finetuned.v1.system_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEVICETYPE']._serialized_start=1721
-  _globals['_DEVICETYPE']._serialized_end=1805
-  _globals['_CHECKSTATUS']._serialized_start=1807
-  _globals['_CHECKSTATUS']._serialized_end=1921
+  _globals['_DEVICETYPE']._serialized_start=2036
+  _globals['_DEVICETYPE']._serialized_end=2120
+  _globals['_CHECKSTATUS']._serialized_start=2122
+  _globals['_CHECKSTATUS']._serialized_end=2236
   _globals['_GETSYSTEMINFOREQUEST']._serialized_start=84
   _globals['_GETSYSTEMINFOREQUEST']._serialized_end=106
   _globals['_GETSYSTEMINFORESPONSE']._serialized_start=109
-  _globals['_GETSYSTEMINFORESPONSE']._serialized_end=558
-  _globals['_LIMIT']._serialized_start=560
-  _globals['_LIMIT']._serialized_end=638
-  _globals['_LISTDEVICESREQUEST']._serialized_start=640
-  _globals['_LISTDEVICESREQUEST']._serialized_end=660
-  _globals['_LISTDEVICESRESPONSE']._serialized_start=662
-  _globals['_LISTDEVICESRESPONSE']._serialized_end=722
-  _globals['_DEVICE']._serialized_start=725
-  _globals['_DEVICE']._serialized_end=1015
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1017
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1034
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=1036
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=1054
-  _globals['_CHECKENVIRONMENTREQUEST']._serialized_start=1056
-  _globals['_CHECKENVIRONMENTREQUEST']._serialized_end=1098
-  _globals['_CHECKENVIRONMENTRESPONSE']._serialized_start=1101
-  _globals['_CHECKENVIRONMENTRESPONSE']._serialized_end=1336
-  _globals['_ENVIRONMENTITEM']._serialized_start=1339
-  _globals['_ENVIRONMENTITEM']._serialized_end=1493
-  _globals['_DEVICECAPABILITY']._serialized_start=1495
-  _globals['_DEVICECAPABILITY']._serialized_end=1618
-  _globals['_GETQUOTAREQUEST']._serialized_start=1620
-  _globals['_GETQUOTAREQUEST']._serialized_end=1637
-  _globals['_GETQUOTARESPONSE']._serialized_start=1639
-  _globals['_GETQUOTARESPONSE']._serialized_end=1719
-  _globals['_SYSTEMSERVICE']._serialized_start=1924
-  _globals['_SYSTEMSERVICE']._serialized_end=2362
+  _globals['_GETSYSTEMINFORESPONSE']._serialized_end=619
+  _globals['_LIMIT']._serialized_start=621
+  _globals['_LIMIT']._serialized_end=699
+  _globals['_LISTDEVICESREQUEST']._serialized_start=701
+  _globals['_LISTDEVICESREQUEST']._serialized_end=721
+  _globals['_LISTDEVICESRESPONSE']._serialized_start=723
+  _globals['_LISTDEVICESRESPONSE']._serialized_end=783
+  _globals['_WATCHDEVICESREQUEST']._serialized_start=785
+  _globals['_WATCHDEVICESREQUEST']._serialized_end=832
+  _globals['_WATCHDEVICESRESPONSE']._serialized_start=834
+  _globals['_WATCHDEVICESRESPONSE']._serialized_end=937
+  _globals['_DEVICE']._serialized_start=940
+  _globals['_DEVICE']._serialized_end=1330
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1332
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1349
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=1351
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=1369
+  _globals['_CHECKENVIRONMENTREQUEST']._serialized_start=1371
+  _globals['_CHECKENVIRONMENTREQUEST']._serialized_end=1413
+  _globals['_CHECKENVIRONMENTRESPONSE']._serialized_start=1416
+  _globals['_CHECKENVIRONMENTRESPONSE']._serialized_end=1651
+  _globals['_ENVIRONMENTITEM']._serialized_start=1654
+  _globals['_ENVIRONMENTITEM']._serialized_end=1808
+  _globals['_DEVICECAPABILITY']._serialized_start=1810
+  _globals['_DEVICECAPABILITY']._serialized_end=1933
+  _globals['_GETQUOTAREQUEST']._serialized_start=1935
+  _globals['_GETQUOTAREQUEST']._serialized_end=1952
+  _globals['_GETQUOTARESPONSE']._serialized_start=1954
+  _globals['_GETQUOTARESPONSE']._serialized_end=2034
+  _globals['_SYSTEMSERVICE']._serialized_start=2239
+  _globals['_SYSTEMSERVICE']._serialized_end=2766
 # @@protoc_insertion_point(module_scope)

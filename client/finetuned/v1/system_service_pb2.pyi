@@ -112,6 +112,8 @@ class GetSystemInfoResponse(_message.Message):
     LAST_BACKUP_TIME_FIELD_NUMBER: _builtins.int
     LOG_PATH_FIELD_NUMBER: _builtins.int
     PAUSED_TASKS_FIELD_NUMBER: _builtins.int
+    PENDING_NOTIFICATIONS_FIELD_NUMBER: _builtins.int
+    FAILED_NOTIFICATIONS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the daemon, such as `0.1.0`."""
     pid: _builtins.int
@@ -138,6 +140,10 @@ class GetSystemInfoResponse(_message.Message):
     """The daemon's log file. Empty: it writes none."""
     paused_tasks: _builtins.int
     """Tasks whose run is paused."""
+    pending_notifications: _builtins.int
+    """Notifications that are still to be delivered, each counted once for each way that it goes."""
+    failed_notifications: _builtins.int
+    """Notifications that could not be delivered and were given up, of those that are kept."""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Addresses it serves on, such as `unix:/run/user/1000/finetuned/finetuned.sock`."""
@@ -174,10 +180,12 @@ class GetSystemInfoResponse(_message.Message):
         last_backup_time: _timestamp_pb2.Timestamp | None = ...,
         log_path: _builtins.str = ...,
         paused_tasks: _builtins.int = ...,
+        pending_notifications: _builtins.int = ...,
+        failed_notifications: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_backup_time", b"last_backup_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "last_backup_time", b"last_backup_time", "limits", b"limits", "log_path", b"log_path", "paused_tasks", b"paused_tasks", "pid", b"pid", "platform", b"platform", "python_version", b"python_version", "queued_tasks", b"queued_tasks", "runner_python", b"runner_python", "running_tasks", b"running_tasks", "runtime_dir", b"runtime_dir", "schema_version", b"schema_version", "sqlite_version", b"sqlite_version", "start_time", b"start_time", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "failed_notifications", b"failed_notifications", "last_backup_time", b"last_backup_time", "limits", b"limits", "log_path", b"log_path", "paused_tasks", b"paused_tasks", "pending_notifications", b"pending_notifications", "pid", b"pid", "platform", b"platform", "python_version", b"python_version", "queued_tasks", b"queued_tasks", "runner_python", b"runner_python", "running_tasks", b"running_tasks", "runtime_dir", b"runtime_dir", "schema_version", b"schema_version", "sqlite_version", b"sqlite_version", "start_time", b"start_time", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,6 +271,58 @@ class ListDevicesResponse(_message.Message):
 Global___ListDevicesResponse: _TypeAlias = ListDevicesResponse  # noqa: Y015
 
 @_typing.final
+class WatchDevicesRequest(_message.Message):
+    """Request of WatchDevices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_SECONDS_FIELD_NUMBER: _builtins.int
+    interval_seconds: _builtins.float
+    """Seconds between two messages, 0.5 to 60. 0: 2."""
+    def __init__(
+        self,
+        *,
+        interval_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_seconds", b"interval_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchDevicesRequest: _TypeAlias = WatchDevicesRequest  # noqa: Y015
+
+@_typing.final
+class WatchDevicesResponse(_message.Message):
+    """Answer of WatchDevices, one message of the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICES_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
+        """All devices, GPUs first, the CPU last."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When they were looked at, by the daemon's clock."""
+
+    def __init__(
+        self,
+        *,
+        devices: _abc.Iterable[Global___Device] | None = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchDevicesResponse: _TypeAlias = WatchDevicesResponse  # noqa: Y015
+
+@_typing.final
 class Device(_message.Message):
     """A device that a task can run on."""
 
@@ -279,6 +339,8 @@ class Device(_message.Message):
     DRIVER_VERSION_FIELD_NUMBER: _builtins.int
     RUNNING_TASK_FIELD_NUMBER: _builtins.int
     QUEUED_TASKS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _builtins.int
+    POWER_WATTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id to put into a task: `cpu`, `cuda:0` ..."""
     type: Global___DeviceType.ValueType
@@ -301,6 +363,10 @@ class Device(_message.Message):
     """Task that runs on it, `tasks/{task_id}`. Empty: free."""
     queued_tasks: _builtins.int
     """Tasks that wait for it."""
+    temperature_celsius: _builtins.float
+    """GPU: temperature in degrees Celsius; absent where not known."""
+    power_watts: _builtins.float
+    """GPU: power drawn in watts; absent where not known."""
     def __init__(
         self,
         *,
@@ -315,13 +381,24 @@ class Device(_message.Message):
         driver_version: _builtins.str = ...,
         running_task: _builtins.str = ...,
         queued_tasks: _builtins.int = ...,
+        temperature_celsius: _builtins.float | None = ...,
+        power_watts: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_utilization", b"_utilization", "utilization", b"utilization"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_watts", b"_power_watts", "_temperature_celsius", b"_temperature_celsius", "_utilization", b"_utilization", "power_watts", b"power_watts", "temperature_celsius", b"temperature_celsius", "utilization", b"utilization"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_utilization", b"_utilization", "compute_capability", b"compute_capability", "cores", b"cores", "driver_version", b"driver_version", "id", b"id", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "product_name", b"product_name", "queued_tasks", b"queued_tasks", "running_task", b"running_task", "type", b"type", "utilization", b"utilization"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_watts", b"_power_watts", "_temperature_celsius", b"_temperature_celsius", "_utilization", b"_utilization", "compute_capability", b"compute_capability", "cores", b"cores", "driver_version", b"driver_version", "id", b"id", "memory_free_bytes", b"memory_free_bytes", "memory_total_bytes", b"memory_total_bytes", "power_watts", b"power_watts", "product_name", b"product_name", "queued_tasks", b"queued_tasks", "running_task", b"running_task", "temperature_celsius", b"temperature_celsius", "type", b"type", "utilization", b"utilization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__power_watts: _TypeAlias = _typing.Literal["power_watts"]  # noqa: Y015
+    _WhichOneofArgType__power_watts: _TypeAlias = _typing.Literal["_power_watts", b"_power_watts"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_celsius: _TypeAlias = _typing.Literal["temperature_celsius"]  # noqa: Y015
+    _WhichOneofArgType__temperature_celsius: _TypeAlias = _typing.Literal["_temperature_celsius", b"_temperature_celsius"]  # noqa: Y015
     _WhichOneofReturnType__utilization: _TypeAlias = _typing.Literal["utilization"]  # noqa: Y015
     _WhichOneofArgType__utilization: _TypeAlias = _typing.Literal["_utilization", b"_utilization"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_watts) -> _WhichOneofReturnType__power_watts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_celsius) -> _WhichOneofReturnType__temperature_celsius | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__utilization) -> _WhichOneofReturnType__utilization | None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015

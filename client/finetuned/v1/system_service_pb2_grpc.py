@@ -45,6 +45,11 @@ class SystemServiceStub(object):
                 request_serializer=finetuned_dot_v1_dot_system__service__pb2.ListDevicesRequest.SerializeToString,
                 response_deserializer=finetuned_dot_v1_dot_system__service__pb2.ListDevicesResponse.FromString,
                 _registered_method=True)
+        self.WatchDevices = channel.unary_stream(
+                '/finetuned.v1.SystemService/WatchDevices',
+                request_serializer=finetuned_dot_v1_dot_system__service__pb2.WatchDevicesRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_system__service__pb2.WatchDevicesResponse.FromString,
+                _registered_method=True)
         self.CheckEnvironment = channel.unary_unary(
                 '/finetuned.v1.SystemService/CheckEnvironment',
                 request_serializer=finetuned_dot_v1_dot_system__service__pb2.CheckEnvironmentRequest.SerializeToString,
@@ -75,6 +80,16 @@ class SystemServiceServicer(object):
 
     def ListDevices(self, request, context):
         """Lists the devices that a task can run on, GPUs first. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchDevices(self, request, context):
+        """Streams the devices as ListDevices tells them, with memory, utilization, temperature and power of the moment: at once, then at each
+        interval, and as soon as a device is taken or freed, or its queue changes. The stream has no end of its own: cancel it.
+
+        INVALID_ARGUMENT: a bad interval. RESOURCE_EXHAUSTED: as many streams as may be open are. UNAVAILABLE: the daemon stops: watch again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,6 +133,11 @@ def add_SystemServiceServicer_to_server(servicer, server):
                     servicer.ListDevices,
                     request_deserializer=finetuned_dot_v1_dot_system__service__pb2.ListDevicesRequest.FromString,
                     response_serializer=finetuned_dot_v1_dot_system__service__pb2.ListDevicesResponse.SerializeToString,
+            ),
+            'WatchDevices': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchDevices,
+                    request_deserializer=finetuned_dot_v1_dot_system__service__pb2.WatchDevicesRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_system__service__pb2.WatchDevicesResponse.SerializeToString,
             ),
             'CheckEnvironment': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckEnvironment,
@@ -190,6 +210,33 @@ class SystemService(object):
             '/finetuned.v1.SystemService/ListDevices',
             finetuned_dot_v1_dot_system__service__pb2.ListDevicesRequest.SerializeToString,
             finetuned_dot_v1_dot_system__service__pb2.ListDevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchDevices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/finetuned.v1.SystemService/WatchDevices',
+            finetuned_dot_v1_dot_system__service__pb2.WatchDevicesRequest.SerializeToString,
+            finetuned_dot_v1_dot_system__service__pb2.WatchDevicesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,12 @@ class SystemServiceStub:
     """Gets what the daemon is and where it keeps things. Safe to repeat."""
     ListDevices: _grpc.UnaryUnaryMultiCallable[_system_service_pb2.ListDevicesRequest, _system_service_pb2.ListDevicesResponse]
     """Lists the devices that a task can run on, GPUs first. Safe to repeat."""
+    WatchDevices: _grpc.UnaryStreamMultiCallable[_system_service_pb2.WatchDevicesRequest, _system_service_pb2.WatchDevicesResponse]
+    """Streams the devices as ListDevices tells them, with memory, utilization, temperature and power of the moment: at once, then at each
+    interval, and as soon as a device is taken or freed, or its queue changes. The stream has no end of its own: cancel it.
+
+    INVALID_ARGUMENT: a bad interval. RESOURCE_EXHAUSTED: as many streams as may be open are. UNAVAILABLE: the daemon stops: watch again.
+    """
     CheckEnvironment: _grpc.UnaryUnaryMultiCallable[_system_service_pb2.CheckEnvironmentRequest, _system_service_pb2.CheckEnvironmentResponse]
     """Checks whether this machine is ready to train: Python, packages, driver, devices and what each can do, disk; with a remedy for
     what is not. A start checks the same by itself.
@@ -60,6 +66,12 @@ class SystemServiceAsyncStub(SystemServiceStub):
     """Gets what the daemon is and where it keeps things. Safe to repeat."""
     ListDevices: _aio.UnaryUnaryMultiCallable[_system_service_pb2.ListDevicesRequest, _system_service_pb2.ListDevicesResponse]  # type: ignore[assignment]
     """Lists the devices that a task can run on, GPUs first. Safe to repeat."""
+    WatchDevices: _aio.UnaryStreamMultiCallable[_system_service_pb2.WatchDevicesRequest, _system_service_pb2.WatchDevicesResponse]  # type: ignore[assignment]
+    """Streams the devices as ListDevices tells them, with memory, utilization, temperature and power of the moment: at once, then at each
+    interval, and as soon as a device is taken or freed, or its queue changes. The stream has no end of its own: cancel it.
+
+    INVALID_ARGUMENT: a bad interval. RESOURCE_EXHAUSTED: as many streams as may be open are. UNAVAILABLE: the daemon stops: watch again.
+    """
     CheckEnvironment: _aio.UnaryUnaryMultiCallable[_system_service_pb2.CheckEnvironmentRequest, _system_service_pb2.CheckEnvironmentResponse]  # type: ignore[assignment]
     """Checks whether this machine is ready to train: Python, packages, driver, devices and what each can do, disk; with a remedy for
     what is not. A start checks the same by itself.
@@ -92,6 +104,18 @@ class SystemServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_system_service_pb2.ListDevicesResponse, _abc.Awaitable[_system_service_pb2.ListDevicesResponse]]:
         """Lists the devices that a task can run on, GPUs first. Safe to repeat."""
+
+    @_abc_1.abstractmethod
+    def WatchDevices(
+        self,
+        request: _system_service_pb2.WatchDevicesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_system_service_pb2.WatchDevicesResponse], _abc.AsyncIterator[_system_service_pb2.WatchDevicesResponse]]:
+        """Streams the devices as ListDevices tells them, with memory, utilization, temperature and power of the moment: at once, then at each
+        interval, and as soon as a device is taken or freed, or its queue changes. The stream has no end of its own: cancel it.
+
+        INVALID_ARGUMENT: a bad interval. RESOURCE_EXHAUSTED: as many streams as may be open are. UNAVAILABLE: the daemon stops: watch again.
+        """
 
     @_abc_1.abstractmethod
     def CheckEnvironment(

@@ -94,6 +94,16 @@ class TaskServiceStub(object):
                 request_serializer=finetuned_dot_v1_dot_task__service__pb2.WatchTaskRequest.SerializeToString,
                 response_deserializer=finetuned_dot_v1_dot_task__service__pb2.WatchTaskResponse.FromString,
                 _registered_method=True)
+        self.WatchTasks = channel.unary_stream(
+                '/finetuned.v1.TaskService/WatchTasks',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.WatchTasksRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.WatchTasksResponse.FromString,
+                _registered_method=True)
+        self.GetMetrics = channel.unary_unary(
+                '/finetuned.v1.TaskService/GetMetrics',
+                request_serializer=finetuned_dot_v1_dot_task__service__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=finetuned_dot_v1_dot_task__service__pb2.GetMetricsResponse.FromString,
+                _registered_method=True)
         self.ListRuns = channel.unary_unary(
                 '/finetuned.v1.TaskService/ListRuns',
                 request_serializer=finetuned_dot_v1_dot_task__service__pb2.ListRunsRequest.SerializeToString,
@@ -248,6 +258,34 @@ class TaskServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchTasks(self, request, context):
+        """Streams the list of tasks: first each task that there is, newest first, then a `synced`, then each task anew whenever it is
+        created or has changed, and the name of each that was deleted. For a list that is shown; what happens within a run is
+        WatchTask's.
+
+        It tells what is, not what was: of a task that changes faster than the stream takes it, states between are left out, and the
+        last one comes. What is nothing but progress, or a longer log, comes every quarter of a second at most; all else at once. So
+        there is nothing to resume: on a new stream, what has not come by `synced` is gone. A quiet stream sends a heartbeat every few
+        seconds. The stream has no end of its own: cancel it. INVALID_ARGUMENT: no such state. RESOURCE_EXHAUSTED: as many streams as
+        may be open are. UNAVAILABLE: the daemon stops: watch again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetMetrics(self, request, context):
+        """Gets the curves of a run: every value that was measured, by name, in order of steps.
+
+        With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
+        equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
+        pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
+        anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+        INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRuns(self, request, context):
         """Lists the runs of a task, newest first. NOT_FOUND: no such task. Safe to repeat.
         """
@@ -349,6 +387,16 @@ def add_TaskServiceServicer_to_server(servicer, server):
                     servicer.WatchTask,
                     request_deserializer=finetuned_dot_v1_dot_task__service__pb2.WatchTaskRequest.FromString,
                     response_serializer=finetuned_dot_v1_dot_task__service__pb2.WatchTaskResponse.SerializeToString,
+            ),
+            'WatchTasks': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTasks,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.WatchTasksRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.WatchTasksResponse.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=finetuned_dot_v1_dot_task__service__pb2.GetMetricsRequest.FromString,
+                    response_serializer=finetuned_dot_v1_dot_task__service__pb2.GetMetricsResponse.SerializeToString,
             ),
             'ListRuns': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRuns,
@@ -678,6 +726,60 @@ class TaskService(object):
             '/finetuned.v1.TaskService/WatchTask',
             finetuned_dot_v1_dot_task__service__pb2.WatchTaskRequest.SerializeToString,
             finetuned_dot_v1_dot_task__service__pb2.WatchTaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTasks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/finetuned.v1.TaskService/WatchTasks',
+            finetuned_dot_v1_dot_task__service__pb2.WatchTasksRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.WatchTasksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/finetuned.v1.TaskService/GetMetrics',
+            finetuned_dot_v1_dot_task__service__pb2.GetMetricsRequest.SerializeToString,
+            finetuned_dot_v1_dot_task__service__pb2.GetMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

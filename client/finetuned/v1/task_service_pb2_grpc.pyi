@@ -111,6 +111,26 @@ class TaskServiceStub:
     (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
     from the last `seq` that was seen; no event is missed or repeated.
     """
+    WatchTasks: _grpc.UnaryStreamMultiCallable[_task_service_pb2.WatchTasksRequest, _task_service_pb2.WatchTasksResponse]
+    """Streams the list of tasks: first each task that there is, newest first, then a `synced`, then each task anew whenever it is
+    created or has changed, and the name of each that was deleted. For a list that is shown; what happens within a run is
+    WatchTask's.
+
+    It tells what is, not what was: of a task that changes faster than the stream takes it, states between are left out, and the
+    last one comes. What is nothing but progress, or a longer log, comes every quarter of a second at most; all else at once. So
+    there is nothing to resume: on a new stream, what has not come by `synced` is gone. A quiet stream sends a heartbeat every few
+    seconds. The stream has no end of its own: cancel it. INVALID_ARGUMENT: no such state. RESOURCE_EXHAUSTED: as many streams as
+    may be open are. UNAVAILABLE: the daemon stops: watch again.
+    """
+    GetMetrics: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.GetMetricsRequest, _task_service_pb2.GetMetricsResponse]
+    """Gets the curves of a run: every value that was measured, by name, in order of steps.
+
+    With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
+    equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
+    pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
+    anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+    INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
+    """
     ListRuns: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListRunsRequest, _task_service_pb2.ListRunsResponse]
     """Lists the runs of a task, newest first. NOT_FOUND: no such task. Safe to repeat."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListCheckpointsRequest, _task_service_pb2.ListCheckpointsResponse]
@@ -217,6 +237,26 @@ class TaskServiceAsyncStub(TaskServiceStub):
     `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
     (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
     from the last `seq` that was seen; no event is missed or repeated.
+    """
+    WatchTasks: _aio.UnaryStreamMultiCallable[_task_service_pb2.WatchTasksRequest, _task_service_pb2.WatchTasksResponse]  # type: ignore[assignment]
+    """Streams the list of tasks: first each task that there is, newest first, then a `synced`, then each task anew whenever it is
+    created or has changed, and the name of each that was deleted. For a list that is shown; what happens within a run is
+    WatchTask's.
+
+    It tells what is, not what was: of a task that changes faster than the stream takes it, states between are left out, and the
+    last one comes. What is nothing but progress, or a longer log, comes every quarter of a second at most; all else at once. So
+    there is nothing to resume: on a new stream, what has not come by `synced` is gone. A quiet stream sends a heartbeat every few
+    seconds. The stream has no end of its own: cancel it. INVALID_ARGUMENT: no such state. RESOURCE_EXHAUSTED: as many streams as
+    may be open are. UNAVAILABLE: the daemon stops: watch again.
+    """
+    GetMetrics: _aio.UnaryUnaryMultiCallable[_task_service_pb2.GetMetricsRequest, _task_service_pb2.GetMetricsResponse]  # type: ignore[assignment]
+    """Gets the curves of a run: every value that was measured, by name, in order of steps.
+
+    With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
+    equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
+    pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
+    anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+    INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
     """
     ListRuns: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListRunsRequest, _task_service_pb2.ListRunsResponse]  # type: ignore[assignment]
     """Lists the runs of a task, newest first. NOT_FOUND: no such task. Safe to repeat."""
@@ -387,6 +427,38 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
         (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
         from the last `seq` that was seen; no event is missed or repeated.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchTasks(
+        self,
+        request: _task_service_pb2.WatchTasksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_task_service_pb2.WatchTasksResponse], _abc.AsyncIterator[_task_service_pb2.WatchTasksResponse]]:
+        """Streams the list of tasks: first each task that there is, newest first, then a `synced`, then each task anew whenever it is
+        created or has changed, and the name of each that was deleted. For a list that is shown; what happens within a run is
+        WatchTask's.
+
+        It tells what is, not what was: of a task that changes faster than the stream takes it, states between are left out, and the
+        last one comes. What is nothing but progress, or a longer log, comes every quarter of a second at most; all else at once. So
+        there is nothing to resume: on a new stream, what has not come by `synced` is gone. A quiet stream sends a heartbeat every few
+        seconds. The stream has no end of its own: cancel it. INVALID_ARGUMENT: no such state. RESOURCE_EXHAUSTED: as many streams as
+        may be open are. UNAVAILABLE: the daemon stops: watch again.
+        """
+
+    @_abc_1.abstractmethod
+    def GetMetrics(
+        self,
+        request: _task_service_pb2.GetMetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_task_service_pb2.GetMetricsResponse, _abc.Awaitable[_task_service_pb2.GetMetricsResponse]]:
+        """Gets the curves of a run: every value that was measured, by name, in order of steps.
+
+        With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
+        equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
+        pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
+        anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+        INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
         """
 
     @_abc_1.abstractmethod

@@ -44,6 +44,10 @@ class EventLog:
         self._database = database
         self._rows = EventRows(database)
         self._waiters: dict[int, set[asyncio.Future[None]]] = defaultdict(set)
+        self.within: Callable[[sqlite3.Connection, int, Sequence[event_pb2.Event]], None] = _nobody
+        """Called with a task's key and its new events, within the transaction that writes them."""
+        self.on_append: Callable[[int, Sequence[event_pb2.Event]], None] = _nobody
+        """The same, once they are committed."""
         self.on_end: Callable[[int], None] = lambda _: None
         """Called with a task's key once the end of a run of it is in the log."""
 
@@ -85,7 +89,9 @@ class EventLog:
             rows.append((seq, event.run, event.SerializeToString()))
             seq += 1
         self._rows.append(connection, task_key, rows)
+        self.within(connection, task_key, events)
         self._database.after_commit(lambda: self.wake(task_key))
+        self._database.after_commit(lambda: self.on_append(task_key, events))
         if any(event.HasField("result") for event in events):
             self._database.after_commit(lambda: self.on_end(task_key))
         return seq - 1
@@ -184,6 +190,10 @@ class EventLog:
         """Wakes every watcher, such as to tell it that the daemon stops."""
         for task_key in list(self._waiters):
             self.wake(task_key)
+
+
+def _nobody(*_: object) -> None:
+    """Stands for whoever is not told."""
 
 
 def cut(text: str) -> str:

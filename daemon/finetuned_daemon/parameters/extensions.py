@@ -12,7 +12,7 @@ from finetuned_daemon.texts import Text
 
 LoraInit = Literal["default", "pissa"]
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
-ReportTo = Literal["none", "tensorboard", "wandb", "mlflow", "swanlab"]
+ReportTo = Literal["none", "tensorboard", "wandb", "mlflow", "trackio", "swanlab"]
 
 _OFF = Text("0: off", "0：关闭")
 _WITH_LORA = (one_of("lora.use_lora", True),)
@@ -180,6 +180,7 @@ class ExtensionParameters(Section):
             "tensorboard": Text("TensorBoard", "TensorBoard"),
             "wandb": Text("Weights & Biases", "Weights & Biases"),
             "mlflow": Text("MLflow", "MLflow"),
+            "trackio": Text("Trackio", "Trackio"),
             "swanlab": Text("SwanLab", "SwanLab"),
         },
         help=Text(

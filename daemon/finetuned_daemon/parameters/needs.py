@@ -53,6 +53,7 @@ REPORT_TO = {
     "tensorboard": Package(("tensorboard", "tensorboardX"), ("tensorboard", "tensorboardX")),
     "wandb": Package(("wandb",), ("wandb",)),
     "mlflow": Package(("mlflow", "mlflow-skinny"), ("mlflow",)),
+    "trackio": Package(("trackio",), ("trackio",)),
     "swanlab": Package(("swanlab",), ("swanlab",)),
 }
 """By the value of `extensions.report_to`."""

@@ -111,6 +111,8 @@ class Spec(_Record):
     """Resource name, `tasks/{task_id}`."""
     run: int
     """Number within the task, from 1."""
+    display_name: str = ""
+    """Of the task at the start, for people."""
     training_type: TrainingType
     device: str
     """`cpu` or `cuda:N`."""

@@ -26,7 +26,7 @@ MODEL_SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt")
 OUTPUTS = "outputs.jsonl"
 """File of the run folder: one `WrittenFolder` a line, durable before the folder has its name."""
 
-OUTPUT_NAMES = r"checkpoint-\d+|final|merged|tensorboard|wandb|mlflow|swanlab"
+OUTPUT_NAMES = r"checkpoint-\d+|final|merged|tensorboard|wandb|mlflow|trackio|swanlab"
 """Names of the folders that a run makes in its output folder."""
 
 

@@ -191,6 +191,7 @@ class Supervisor:
             spec = Spec(
                 task=task.name,
                 run=run.number,
+                display_name=task.display_name,
                 training_type=task.training_type,
                 device=run.device,
                 num_threads=_num_threads(),

@@ -63,6 +63,8 @@ SERVICES: dict[str, dict[str, Rule]] = {
         "ResumeTask": _write("puts a run back into the queue"),
         "MoveTask": _write("changes the queue"),
         "WatchTask": _read("events and log lines of a task"),
+        "WatchTasks": _read("tasks, without their parameters"),
+        "GetMetrics": _read("curves of a run"),
         "ListRuns": _read("runs of a task"),
         "ListCheckpoints": _read("checkpoints that runs have recorded"),
         "DeleteCheckpoint": _write("removes a checkpoint"),
@@ -87,6 +89,7 @@ SERVICES: dict[str, dict[str, Rule]] = {
     "finetuned.v1.SystemService": {
         "GetSystemInfo": _read("the daemon's version, folders and limits"),
         "ListDevices": _read("devices and what runs on them"),
+        "WatchDevices": _read("the same as a stream"),
         "CheckEnvironment": _read("whether the machine can train"),
         "GetQuota": _read("checkpoints that may still be saved"),
         "Shutdown": _write("ends the daemon"),

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
@@ -67,6 +68,10 @@ class Calls:
         self._unary = 0
         self._heavy = 0
         self._streams = 0
+        self.answered = Counter[tuple[str, str]]()
+        """Calls that were answered, by gRPC's name for the method and the status' name."""
+        self.seconds = dict[str, tuple[int, float]]()
+        """Number and duration of those that are no streams, by the same name."""
         self._idle = asyncio.Event()
         self._idle.set()
         limits.count_by("calls_in_flight", lambda: self._unary)
@@ -116,6 +121,13 @@ class Calls:
         """A call has come, be it a good one or not."""
         self._all += 1
         self._idle.clear()
+
+    def note(self, method: str, code: str, seconds: float | None) -> None:
+        """Counts an answer; `seconds` None: it was a stream."""
+        self.answered[method, code] += 1
+        if seconds is not None:
+            number, total = self.seconds.get(method, (0, 0.0))
+            self.seconds[method] = (number + 1, total + seconds)
 
     def went(self) -> None:
         """A call has ended."""
@@ -213,6 +225,7 @@ class Call:
 
     def _write_line(self, code: str, reason: str = "") -> None:
         seconds = time.monotonic() - self._began
+        self._calls.note(self._method, code, None if self._is_stream else seconds)
         fields: dict[str, Any] = {
             "code": code,
             "duration_ms": round(seconds * 1000, 1),

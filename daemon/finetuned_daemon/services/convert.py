@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from google.protobuf import duration_pb2
 
 from finetuned.v1 import (
@@ -22,6 +24,7 @@ from finetuned_daemon.events.build import (
     state_value,
     timestamp,
 )
+from finetuned_daemon.events.curves import Points
 from finetuned_daemon.export import ConfigFormat
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.parameters.schema import json_value
@@ -49,13 +52,13 @@ _CONFIG_FORMATS: dict[int, ConfigFormat] = {
 _STATES: dict[int, TaskState] = {int(state_value(kind)): kind for kind in TaskState}
 
 
-def task(record: Task, queue_position: int) -> task_pb2.Task:
+def task(record: Task, queue_position: int, *, with_parameters: bool = True) -> task_pb2.Task:
     """A task as clients see it."""
     return task_pb2.Task(
         name=record.name,
         display_name=record.display_name,
         training_type=task_pb2.TrainingType.Value(f"TRAINING_TYPE_{record.training_type.value}"),
-        parameters=protos.to_proto(record.parameters),
+        parameters=protos.to_proto(record.parameters) if with_parameters else None,
         device=record.device,
         state=state_value(record.state),
         phase=phase_value(record.phase),
@@ -170,6 +173,11 @@ def progress(record: Progress) -> task_pb2.Progress:
     return task_pb2.Progress(**record.model_dump(exclude_none=True))
 
 
+def series(record: Points) -> task_service_pb2.MetricSeries:
+    """A piece of a curve."""
+    return task_service_pb2.MetricSeries(**vars(record))
+
+
 def training_type(value: int, violations: list[Violation]) -> TrainingType | None:
     """The training type, None for unspecified; adds a violation where the number is none."""
     if value and value not in _TRAINING_TYPES:
@@ -178,9 +186,17 @@ def training_type(value: int, violations: list[Violation]) -> TrainingType | Non
     return _TRAINING_TYPES.get(value)
 
 
-def state(value: int) -> TaskState | None:
-    """The state; None for unspecified and for numbers that are no state."""
-    return _STATES.get(value)
+def states(values: Iterable[int], violations: list[Violation]) -> list[TaskState]:
+    """The states; adds a violation for each number that is none."""
+    result = list[TaskState]()
+    for value in values:
+        state = _STATES.get(value)
+        if state is None:
+            text = Text(f"{value} is no state", f"没有状态 {value}")
+            violations.append(Violation("states", text, "NOT_A_CHOICE"))
+        else:
+            result.append(state)
+    return result
 
 
 def device(record: Device, running_task: str, queued: int) -> system_service_pb2.Device:
@@ -197,6 +213,8 @@ def device(record: Device, running_task: str, queued: int) -> system_service_pb2
         driver_version=record.driver_version,
         running_task=running_task,
         queued_tasks=queued,
+        temperature_celsius=record.temperature_celsius,
+        power_watts=record.power_watts,
     )
 
 

@@ -156,6 +156,11 @@ class Edge(aio.ServerInterceptor):
         )
         self._is_tcp = shared is not None
 
+    @property
+    def calls(self) -> Calls:
+        """The calls that are under way and were, of all servers."""
+        return self._calls
+
     def for_tcp(self) -> Edge:
         """The same for the server of TCP: who shows no good token is refused by the headers.
 

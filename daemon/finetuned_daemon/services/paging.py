@@ -14,13 +14,18 @@ LARGEST_PAGE = BY_NAME["page_size"].default
 
 def check_page_size(size: int) -> list[Violation]:
     """A page holds up to 1000; 0: as many as the rpc chooses."""
-    if 0 <= size <= LARGEST_PAGE:
+    return within("page_size", size, 0, LARGEST_PAGE)
+
+
+def within(field: str, value: float, least: float, most: float) -> list[Violation]:
+    """A number has bounds, both of them allowed."""
+    if least <= value <= most:
         return []
     text = Text(
-        f"must be from 0 to {LARGEST_PAGE}, not {size}",
-        f"必须在 0 到 {LARGEST_PAGE} 之间，而不是 {size}",
+        f"must be from {least} to {most}, not {value}",
+        f"必须在 {least} 到 {most} 之间，而不是 {value}",
     )
-    return [Violation("page_size", text, "OUT_OF_RANGE")]
+    return [Violation(field, text, "OUT_OF_RANGE")]
 
 
 _Item = TypeVar("_Item")
@@ -47,9 +52,14 @@ def page_token(of: str, token: str, violations: list[Violation]) -> int:
     kind, _, number = token.partition("-")
     if kind == of and number.isascii() and number.isdigit() and 0 < len(number) < 19:
         return int(number)
-    text = Text("must be the next_page_token of an answer", "必须是某个应答中的 next_page_token")
-    violations.append(Violation("page_token", text, "BAD_PAGE_TOKEN"))
+    violations.append(bad_page_token())
     return 0
+
+
+def bad_page_token() -> Violation:
+    """The violation of a page token that no list of this kind has given."""
+    text = Text("must be the next_page_token of an answer", "必须是某个应答中的 next_page_token")
+    return Violation("page_token", text, "BAD_PAGE_TOKEN")
 
 
 def negative(field: str, value: int) -> Violation:

@@ -7,7 +7,8 @@ import os
 import platform
 import sqlite3
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from grpc import aio
@@ -16,15 +17,24 @@ from finetuned._version import __version__
 from finetuned.v1 import system_service_pb2, system_service_pb2_grpc
 from finetuned_daemon.backups import DailyBackups
 from finetuned_daemon.config import Config
-from finetuned_daemon.devices import list_devices
+from finetuned_daemon.devices import Look, Looks
 from finetuned_daemon.environment.environment import Environment
+from finetuned_daemon.errors import InvalidRequest, Stopping
 from finetuned_daemon.events.build import timestamp
 from finetuned_daemon.limits import LIMITS, Limits
 from finetuned_daemon.manager import Manager
+from finetuned_daemon.notify.notifier import Notifier
 from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.services import convert
 from finetuned_daemon.services.edge import language
+from finetuned_daemon.services.paging import within
 from finetuned_daemon.tasks import TaskState, now_us
+
+_INTERVAL = 2.0
+_SHORTEST = 0.5
+_LONGEST = 60
+_PACE_SECONDS = 0.25
+"""The least time between two messages of WatchDevices."""
 
 _Context = aio.ServicerContext[Any, Any]
 
@@ -40,10 +50,12 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
         environment: Environment,
         limits: Limits,
         backups: DailyBackups,
+        looks: Looks,
+        notifier: Notifier,
         *,
         addresses: Sequence[str],
         schema_version: int,
-        shut_down: Callable[[], None],
+        stopping: asyncio.Event,
     ) -> None:
         self._config = config
         self._manager = manager
@@ -53,7 +65,9 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
         self._backups = backups
         self._addresses = addresses
         self._schema_version = schema_version
-        self._shut_down = shut_down
+        self._stopping = stopping
+        self._looks = looks
+        self._notifier = notifier
         self._start_time = now_us()
 
     async def GetSystemInfo(  # noqa: N802, D102 - described in the proto, as all rpcs here
@@ -87,32 +101,34 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
             ],
             log_path=str(self._config.paths.log_file),
             paused_tasks=len(self._manager.records.paused_runs()),
+            pending_notifications=self._notifier.pending,
+            failed_notifications=self._notifier.given_up,
         )
 
     async def ListDevices(  # noqa: N802, D102
         self, request: system_service_pb2.ListDevicesRequest, context: _Context
     ) -> system_service_pb2.ListDevicesResponse:
-        devices = await asyncio.to_thread(list_devices)
-        active = self._manager.runs.active()
-        return system_service_pb2.ListDevicesResponse(
-            devices=[
-                convert.device(
-                    device,
-                    running_task=next(
-                        (
-                            task.name
-                            for run, task in active.get(device.id, [])
-                            if run.state is TaskState.RUNNING
-                        ),
-                        "",
-                    ),
-                    queued=sum(
-                        run.state is TaskState.QUEUED for run, _ in active.get(device.id, [])
-                    ),
+        look = await self._looks.look()
+        return system_service_pb2.ListDevicesResponse(devices=self._devices(look))
+
+    async def WatchDevices(  # noqa: N802, D102
+        self, request: system_service_pb2.WatchDevicesRequest, context: _Context
+    ) -> AsyncIterator[system_service_pb2.WatchDevicesResponse]:
+        interval = request.interval_seconds
+        violations = within("interval_seconds", interval, _SHORTEST, _LONGEST) if interval else []
+        if violations:
+            raise InvalidRequest(violations)
+        with self._manager.changes.device_bell() as bell:
+            while not self._stopping.is_set():
+                bell.clear()
+                look = await self._looks.look()
+                yield system_service_pb2.WatchDevicesResponse(
+                    devices=self._devices(look), time=timestamp(look.time)
                 )
-                for device in devices
-            ]
-        )
+                # Many changes at once are one: its use is measured over a while anyhow.
+                await _rung(self._stopping, _PACE_SECONDS)
+                await _rung(bell, (interval or _INTERVAL) - _PACE_SECONDS)
+        raise Stopping
 
     async def CheckEnvironment(  # noqa: N802, D102
         self, request: system_service_pb2.CheckEnvironmentRequest, context: _Context
@@ -130,5 +146,24 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
     async def Shutdown(  # noqa: N802, D102
         self, request: system_service_pb2.ShutdownRequest, context: _Context
     ) -> system_service_pb2.ShutdownResponse:
-        self._shut_down()
+        self._stopping.set()
         return system_service_pb2.ShutdownResponse()
+
+    def _devices(self, look: Look) -> list[system_service_pb2.Device]:
+        occupancy = self._manager.records.occupancy()
+        result = list[system_service_pb2.Device]()
+        for device in look.devices:
+            running, queued = occupancy.get(device.id, ("", 0))
+            result.append(
+                convert.device(
+                    device, running_task=f"tasks/{running}" if running else "", queued=queued
+                )
+            )
+        return result
+
+
+async def _rung(bell: asyncio.Event, seconds: float) -> None:
+    """Returns once it is set, or time is up."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await bell.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from grpc import aio
@@ -19,6 +20,7 @@ from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.services import convert
 from finetuned_daemon.services.edge import language
+from finetuned_daemon.services.metrics import get_metrics
 from finetuned_daemon.services.paging import (
     check_page_size,
     negative,
@@ -27,9 +29,9 @@ from finetuned_daemon.services.paging import (
     page_token,
 )
 from finetuned_daemon.services.repeats import request_id
+from finetuned_daemon.services.task_list import TaskListStream
 from finetuned_daemon.task_requests import Edit, NewTask, StartOptions
 from finetuned_daemon.tasks import Task, TaskState, now_us
-from finetuned_daemon.texts import Text
 
 _WATCH_BYTES = BY_NAME["watch_page_bytes"].default
 _MOST_PAGE_BYTES = BY_NAME["event_page_bytes"].default
@@ -80,17 +82,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         self, request: task_service_pb2.ListTasksRequest, context: _Context
     ) -> task_service_pb2.ListTasksResponse:
         violations = check_page_size(request.page_size)
-        states = list[TaskState]()
-        for value in request.states:
-            state = convert.state(value)
-            if state is None:
-                violations.append(
-                    Violation(
-                        "states", Text(f"{value} is no state", f"没有状态 {value}"), "NOT_A_CHOICE"
-                    )
-                )
-            else:
-                states.append(state)
+        states = convert.states(request.states, violations)
         before_key = page_token("tasks", request.page_token, violations)
         if violations:
             raise InvalidRequest(violations)
@@ -224,6 +216,24 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
                     )
                 )
         raise Stopping
+
+    async def WatchTasks(  # noqa: N802, D102
+        self, request: task_service_pb2.WatchTasksRequest, context: _Context
+    ) -> AsyncIterator[task_service_pb2.WatchTasksResponse]:
+        violations = list[Violation]()
+        states = convert.states(request.states, violations)
+        if violations:
+            raise InvalidRequest(violations)
+        stream = TaskListStream(self._manager, states, self._heartbeat_seconds, self._stopping)
+        async with aclosing(stream.responses()) as responses:
+            async for response in responses:
+                yield response
+        raise Stopping
+
+    async def GetMetrics(  # noqa: N802, D102
+        self, request: task_service_pb2.GetMetricsRequest, context: _Context
+    ) -> task_service_pb2.GetMetricsResponse:
+        return await get_metrics(self._manager, request)
 
     async def ListRuns(  # noqa: N802, D102
         self, request: task_service_pb2.ListRunsRequest, context: _Context

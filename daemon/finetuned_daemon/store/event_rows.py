@@ -52,6 +52,43 @@ class EventRows:
             )
         return [bytes(row["body"]) for row in rows]
 
+    def of_run(self, task_key: int, run: int) -> tuple[int, int] | None:
+        """The first and the last `seq` of a run, of what is kept; None: nothing is."""
+        row = self._database.query_one(
+            "SELECT (SELECT min(seq) FROM events WHERE task_key = ?1 AND run = ?2) AS first, "
+            "(SELECT max(seq) FROM events WHERE task_key = ?1 AND run = ?2) AS last",
+            task_key,
+            run,
+        )
+        return (row["first"], row["last"]) if row and row["first"] is not None else None
+
+    def small(
+        self, task_key: int, run: int, after_seq: int, last_seq: int, limit: int, most_bytes: int
+    ) -> list[tuple[int, bytes | None]]:
+        """Up to `limit` events of a run as (seq, body), oldest first; None for a larger body.
+
+        What is larger is not read from the disk.
+        """
+        rows = self._database.query(
+            # The plus keeps SQLite on the table itself: a run's events lie one behind the other.
+            "SELECT seq, iif(length(body) <= ?, body, NULL) AS body FROM events "
+            "WHERE task_key = ? AND seq > ? AND seq <= ? AND +run = ? ORDER BY seq LIMIT ?",
+            most_bytes,
+            task_key,
+            after_seq,
+            last_seq,
+            run,
+            limit,
+        )
+        return [(row["seq"], row["body"]) for row in rows]
+
+    def one(self, task_key: int, seq: int) -> bytes:
+        """The body of one event; empty: it is gone."""
+        row = self._database.query_one(
+            "SELECT body FROM events WHERE task_key = ? AND seq = ?", task_key, seq
+        )
+        return bytes(row["body"]) if row else b""
+
     def last_seq(self, task_key: int) -> int | None:
         """Newest `seq` of a task; None once the task is deleted."""
         row = self._database.query_one("SELECT last_seq FROM tasks WHERE key = ?", task_key)

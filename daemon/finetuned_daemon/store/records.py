@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from finetuned_daemon.limits import Limits
@@ -30,6 +30,10 @@ class Records:
     def __init__(self, database: Database, limits: Limits | None = None) -> None:
         self._database = database
         self._limits = limits or Limits()
+        self.on_saved: Callable[[Task], None] = lambda _: None
+        """Called with a task that was made or changed, once that is committed."""
+        self.on_deleted: Callable[[Task], None] = lambda _: None
+        """The same for one that was deleted."""
 
     # --- tasks
 
@@ -78,6 +82,18 @@ class Records:
         )
         return int(row["number"]) if row else 0
 
+    def counts(self) -> dict[TaskState, int]:
+        """How many tasks there are, by state."""
+        rows = self._database.query("SELECT state, count(*) AS number FROM tasks GROUP BY state")
+        return {TaskState(row["state"]): row["number"] for row in rows}
+
+    def active_states(self) -> dict[int, TaskState]:
+        """The state of every task that is QUEUED or RUNNING, by its key."""
+        rows = self._database.query(
+            "SELECT key, state FROM tasks WHERE state IN ('QUEUED', 'RUNNING')"
+        )
+        return {row["key"]: TaskState(row["state"]) for row in rows}
+
     def check_room(self, run: Run) -> None:
         """Holds the bounds on the queue and on the runs of a task.
 
@@ -96,17 +112,21 @@ class Records:
         self._limits.check("tasks", self.count())
         columns = _task_columns(task)
         cursor = connection.execute(insert("tasks", columns), columns)
-        return replace(task, key=int(cursor.lastrowid or 0))
+        task = replace(task, key=int(cursor.lastrowid or 0))
+        self._database.after_commit(lambda: self.on_saved(task))
+        return task
 
     def save_task(self, connection: sqlite3.Connection, task: Task) -> None:
         """Writes all of a task but `last_seq`, which belongs to the event log."""
         columns = _task_columns(task)
         del columns["last_seq"]
         connection.execute(update("tasks", columns), {**columns, "key": task.key})
+        self._database.after_commit(lambda: self.on_saved(task))
 
     def delete_task(self, connection: sqlite3.Connection, task: Task) -> None:
         """Deletes a task with its runs and events."""
         connection.execute("DELETE FROM tasks WHERE key = ?", (task.key,))
+        self._database.after_commit(lambda: self.on_deleted(task))
 
     # --- runs
 
@@ -135,6 +155,25 @@ class Records:
             "SELECT * FROM runs WHERE state IN ('QUEUED', 'RUNNING') ORDER BY place, key"
         )
         return [_run(row) for row in rows]
+
+    def occupancy(self) -> dict[str, tuple[str, int]]:
+        """By device, the id of the task that runs on it, or nothing, and how many wait for it."""
+        rows = self._database.query(
+            "SELECT device, max(iif(state = 'RUNNING', "
+            "(SELECT task_id FROM tasks WHERE tasks.key = task_key), '')) AS running, "
+            "sum(state = 'QUEUED') AS queued FROM runs WHERE state IN ('QUEUED', 'RUNNING') "
+            "GROUP BY device"
+        )
+        return {row["device"]: (row["running"], row["queued"]) for row in rows}
+
+    def newest_run(self, task_key: int) -> int:
+        """Number of the newest run of a task that began, probes left out; 0: none."""
+        row = self._database.query_one(
+            "SELECT max(number) AS number FROM runs "
+            "WHERE task_key = ? AND start_time > 0 AND NOT is_probe",
+            task_key,
+        )
+        return int(row["number"] or 0) if row else 0
 
     def paused_runs(self) -> list[Run]:
         """Every run that is PAUSED."""

@@ -135,8 +135,10 @@ def check_means(p: Parameters, surroundings: Surroundings) -> Iterator[Violation
         yield Violation(
             field,
             Text(
-                f"needs the package {package.name}, which the training environment lacks",
-                f"需要软件包 {package.name}，而训练环境中没有安装",
+                f"needs the package {package.name}, which the training environment lacks; "
+                f"run there: pip install {package.name}",
+                f"需要软件包 {package.name}，而训练环境中没有安装；"
+                f"请在其中运行：pip install {package.name}",
             ),
             "PACKAGE_MISSING",
             suggested=ExtensionParameters.model_fields[name].get_default(),

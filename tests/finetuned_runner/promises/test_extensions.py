@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +15,6 @@ import pytest
 from finetuned_daemon.planning.adapter import plan_adapter
 from finetuned_daemon.planning.model_files import read_model
 from finetuned_daemon.runs.contract import EndReason, Evaluation, TrainingType
-from finetuned_daemon.runs.manifest import OUTPUTS, WrittenFolder
-from finetuned_runner.reporting import prepare_reporting
 from tiny import weights
 
 Weights = dict[str, Any]
@@ -349,12 +345,11 @@ def test_the_model_is_compiled(train: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert weights(compiled.output / "final").keys() == weights(plain.output / "final").keys()
 
 
-@pytest.mark.proves("extensions.use_liger_kernel", "extensions.report_to")
+@pytest.mark.proves("extensions.use_liger_kernel")
 @pytest.mark.parametrize(
     ("extensions", "package"),
     [
         ({"use_liger_kernel": True}, "liger-kernel"),
-        ({"report_to": "wandb"}, "wandb"),
         ({"attn_implementation": "flash_attention_2"}, "flash-attn"),
     ],
 )
@@ -367,78 +362,6 @@ def test_a_missing_package_is_named_before_the_work(
     (field,) = extensions
     assert run.result.message.startswith(f"extensions.{field} needs {package}, which is not inst")
     assert run.phases() == ["LOADING_MODEL"]
-
-
-# In the place of the package tensorboardX, which transformers takes where there is no tensorboard.
-WRITER = """
-import json, pathlib
-
-class SummaryWriter:
-    def __init__(self, log_dir):
-        self.file = pathlib.Path(log_dir, "events.jsonl").open("w")
-
-    def add_text(self, *_): ...
-
-    def add_scalar(self, tag, value, step):
-        self.file.write(json.dumps([tag, value, step]) + "\\n")
-
-    def flush(self): ...
-
-    def close(self):
-        self.file.close()
-"""
-
-
-@pytest.mark.proves("extensions.report_to")
-def test_the_tool_gets_the_metrics_in_a_folder_of_the_run(
-    shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The losses that the run reports, below its output; and they go when its outputs go."""
-    package = tmp_path / "packages" / "tensorboardX"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(WRITER)
-    monkeypatch.syspath_prepend(package.parent)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
-    run = shop.make(extensions={"report_to": "tensorboard"})
-    prepare_reporting(run.spec.parameters, run.output)
-    shop.here(run)
-    monkeypatch.delitem(sys.modules, "tensorboardX")
-    file = run.output / "tensorboard" / "events.jsonl"
-    written = [json.loads(line) for line in file.read_text().splitlines()]
-    losses = {step: value for tag, value, step in written if tag == "train/loss"}
-    assert losses == pytest.approx(run.losses())
-    records = map(
-        WrittenFolder.model_validate_json, (run.folder / OUTPUTS).read_text().splitlines()
-    )
-    (record,) = [record for record in records if record.name == "tensorboard"]
-    assert record.files == {"events.jsonl": file.stat().st_mtime_ns}
-
-
-@pytest.mark.proves("extensions.report_to")
-@pytest.mark.parametrize("tool", ["tensorboard", "wandb", "mlflow", "swanlab"])
-def test_every_tool_writes_below_the_output_and_uploads_nothing_unless_told(
-    shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
-) -> None:
-    """By the tool's own variables, of which those that say where to upload are the user's."""
-    names = ("WANDB_MODE", "WANDB_DIR", "SWANLAB_MODE", "SWANLAB_LOG_DIR", "MLFLOW_TRACKING_URI")
-    for name in (*names, "TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "SWANLAB_PROJECT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    parameters = shop.make(extensions={"report_to": tool}).spec.parameters
-    prepare_reporting(parameters, tmp_path)
-    folder = tmp_path / tool
-    assert folder.is_dir()
-    places = {
-        "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(folder)},
-        "wandb": {"WANDB_DIR": str(folder), "WANDB_MODE": "offline"},
-        "mlflow": {"MLFLOW_TRACKING_URI": f"file://{folder}"},
-        "swanlab": {"SWANLAB_LOG_DIR": str(folder), "SWANLAB_MODE": "local"},
-    }
-    assert places[tool].items() <= os.environ.items()
-    for name in ("WANDB_MODE", "SWANLAB_MODE", "MLFLOW_TRACKING_URI"):
-        monkeypatch.setenv(name, "theirs")
-    prepare_reporting(parameters, tmp_path)
-    assert os.environ["WANDB_MODE"] == os.environ["MLFLOW_TRACKING_URI"] == "theirs"
 
 
 def test_pretraining_passes_over_what_is_for_fine_tuning(train: Any) -> None:

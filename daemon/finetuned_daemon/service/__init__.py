@@ -1,0 +1,1 @@
+"""Living under a service manager: what it hands to the daemon, and how it is told of the daemon."""
