@@ -45,7 +45,7 @@ def eventually(look: Callable[[], T | None], what: str, seconds: float = 20.0) -
         time.sleep(0.01)
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """The fake runner's folder, before what the tests were started with."""
     return os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
 
@@ -85,7 +85,7 @@ class Daemon:
                     *("--runtime-dir", str(self.paths.runtime_dir)),
                     *self.options,
                 ],
-                env={**os.environ, "PYTHONPATH": _python_path(), **self.environment},
+                env={**os.environ, "PYTHONPATH": python_path(), **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -13,13 +13,19 @@ CTL = str(Path(sys.executable).parent / "finetunectl")
 
 
 class Terminal:
-    """A command on a terminal of its own."""
+    """A command on a terminal of its own; `finetunectl` unless another program is named."""
 
-    def __init__(self, environment: dict[str, str], folder: Path, arguments: list[str]) -> None:
+    def __init__(
+        self,
+        environment: dict[str, str],
+        folder: Path,
+        arguments: list[str],
+        program: str = CTL,
+    ) -> None:
         self.pid, self._terminal = pty.fork()
         if not self.pid:
             os.chdir(folder)
-            os.execve(CTL, [CTL, *arguments], {**environment, "TERM": "xterm-256color"})
+            os.execve(program, [program, *arguments], {**environment, "TERM": "xterm-256color"})
         self.written = ""
 
     def read_until(self, text: str) -> None:
@@ -51,8 +57,8 @@ class Terminal:
 
     @property
     def plain(self) -> str:
-        """What was written, without colours and moves."""
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.written)
+        """What was written, without colours, moves and bells."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\a", "", self.written)
 
     @property
     def has_cursor(self) -> bool:

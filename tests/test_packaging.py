@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -12,15 +13,27 @@ import pytest
 
 from conftest import REPOSITORY
 
+PROTOS = sorted((REPOSITORY / "proto").glob("finetuned/v1/*.proto"))
 
-def test_the_wheel_holds_everything_that_the_checkout_runs(tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel that was built from it."""
+    out = tmp_path_factory.mktemp("dist")
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, REPOSITORY],
+        [sys.executable, "-m", "build", "--no-isolation", "-o", out, REPOSITORY],
         check=True,
         capture_output=True,
     )
-    (wheel,) = tmp_path.glob("*.whl")
-    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    return out
+
+
+def names_in_wheel(built: Path) -> set[str]:
+    (wheel,) = built.glob("*.whl")
+    return {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+
+
+def test_the_wheel_holds_everything_that_the_checkout_runs(built: Path) -> None:
     packages = (
         REPOSITORY / "client/finetuned",
         REPOSITORY / "daemon/finetuned_daemon",
@@ -32,7 +45,38 @@ def test_the_wheel_holds_everything_that_the_checkout_runs(tmp_path: Path) -> No
         for file in package.rglob("*")
         if file.is_file() and "__pycache__" not in file.parts
     }
-    assert names == tree
+    protos = {f"finetuned/{file.relative_to(REPOSITORY)}" for file in PROTOS}
+    assert names_in_wheel(built) == tree | protos
+
+
+def test_the_sdist_holds_the_protos_and_the_documents(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    documents = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    assert {str(file.relative_to(REPOSITORY)) for file in (*PROTOS, *documents)} <= names
+
+
+def test_what_is_installed_says_where_its_protos_are(built: Path, tmp_path: Path) -> None:
+    """In the wheel they lie beside the package, in a checkout in `proto/`; buf reads both."""
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    asked = "import finetuned; print(finetuned.proto_dir())"
+    for search, folder in (
+        (tmp_path, tmp_path / "finetuned/proto"),
+        (REPOSITORY / "client", REPOSITORY / "proto"),
+    ):
+        said = subprocess.run(
+            [sys.executable, "-c", asked],
+            env={"PYTHONPATH": str(search)},
+            cwd="/",  # `python -c` looks in its own folder first
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout.strip() == str(folder)
+        buf = Path(sys.executable).parent / "buf"
+        subprocess.run([buf, "build", folder, "-o", "/dev/null"], check=True, capture_output=True)
 
 
 def test_a_plain_install_is_the_thin_client() -> None:

@@ -37,7 +37,7 @@ WITH_REASON = {
     ("finetuned_runner/token_store.py", "np.load"): "allow_pickle is off, as numpy has it",
     ("finetuned/__init__.py", "import_module"): "of a table of our own modules",
     ("finetuned_runner/probe.py", "import_module"): "of a table of packages",
-    ("finetuned_runner/reporting.py", "import_module"): "of a table of reporting packages",
+    ("finetuned_runner/trackers.py", "import_module"): "of a table of reporting packages",
 }
 """Calls that are safe where they stand, by the end of the file's path and the name."""
 

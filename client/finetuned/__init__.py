@@ -1,15 +1,13 @@
 """Client of the fine-tuning daemon `finetuned`.
 
-    import finetuned
-
-    with finetuned.Client(start_daemon=True) as client:
-        task = client.train(
-            "sft",
-            {"data": {"train_file": "/data/chats.jsonl", "model_path": "/models/small",
-                      "output_dir": "/data/out"}},
-        )
-        for item in client.watch(task.name, until_end=True):
-            print(item)
+    >>> import finetuned
+    >>> client = finetuned.Client(start_daemon=True)
+    >>> data = {"train_file": "chats.jsonl", "model_path": "model", "output_dir": "out"}
+    >>> task = client.train("sft", {"data": data}, device="cpu")
+    >>> task.wait()
+    <TaskHandle 'sft-...' 'sft_...' completed (finished) 3/3 steps loss 0.3333>
+    >>> task.metrics().to_pandas()["loss"].min().round(4)
+    np.float64(0.3333)
 
 `AsyncClient` has the same methods for asyncio. Messages such as `Task` and `Event` are those of
 `finetuned.v1`. Names are loaded on first use: `import finetuned` alone takes a millisecond and
@@ -25,6 +23,7 @@ from finetuned._version import __version__
 
 if TYPE_CHECKING:
     from finetuned._aio import AsyncClient as AsyncClient
+    from finetuned._aio_handle import AsyncTaskHandle as AsyncTaskHandle
     from finetuned._client import Client as Client
     from finetuned._documents import template_document as template_document
     from finetuned._errors import Aborted as Aborted
@@ -44,9 +43,17 @@ if TYPE_CHECKING:
     from finetuned._errors import PreconditionViolation as PreconditionViolation
     from finetuned._errors import ProbeFailed as ProbeFailed
     from finetuned._errors import ResourceExhausted as ResourceExhausted
+    from finetuned._errors import RunFailed as RunFailed
     from finetuned._errors import Unauthenticated as Unauthenticated
     from finetuned._errors import Unimplemented as Unimplemented
+    from finetuned._handle import TaskHandle as TaskHandle
     from finetuned._launch import start_daemon as start_daemon
+    from finetuned._logs import LogEntry as LogEntry
+    from finetuned._metrics import Metrics as Metrics
+    from finetuned._metrics import Series as Series
+    from finetuned._overview import TaskDeleted as TaskDeleted
+    from finetuned._overview import TasksSynced as TasksSynced
+    from finetuned._protos import proto_dir as proto_dir
     from finetuned._tls import TLS as TLS
     from finetuned._violations import ParameterViolation as ParameterViolation
     from finetuned._watch import ConnectionLost as ConnectionLost
@@ -66,6 +73,7 @@ if TYPE_CHECKING:
     from finetuned.v1.system_service_pb2 import Device as Device
     from finetuned.v1.system_service_pb2 import GetQuotaResponse as GetQuotaResponse
     from finetuned.v1.system_service_pb2 import GetSystemInfoResponse as GetSystemInfoResponse
+    from finetuned.v1.system_service_pb2 import WatchDevicesResponse as WatchDevicesResponse
     from finetuned.v1.task_pb2 import Checkpoint as Checkpoint
     from finetuned.v1.task_pb2 import EndReason as EndReason
     from finetuned.v1.task_pb2 import Run as Run
@@ -83,6 +91,7 @@ __all__ = [
     "Aborted",
     "AlreadyExists",
     "AsyncClient",
+    "AsyncTaskHandle",
     "BadLinePolicy",
     "CheckEnvironmentResponse",
     "Checkpoint",
@@ -108,7 +117,9 @@ __all__ = [
     "InspectionProgress",
     "InternalError",
     "InvalidArgument",
+    "LogEntry",
     "LogReplaced",
+    "Metrics",
     "NotFound",
     "OutOfRange",
     "ParameterViolation",
@@ -119,16 +130,23 @@ __all__ = [
     "ProbeReport",
     "ResourceExhausted",
     "Run",
+    "RunFailed",
     "RunPhase",
+    "Series",
     "Snapshot",
     "Task",
+    "TaskDeleted",
+    "TaskHandle",
     "TaskState",
+    "TasksSynced",
     "Template",
     "TrainingType",
     "Unauthenticated",
     "Unimplemented",
+    "WatchDevicesResponse",
     "WatchItem",
     "__version__",
+    "proto_dir",
     "start_daemon",
     "template_document",
 ]
@@ -136,11 +154,20 @@ __all__ = [
 # Where a name lives; what is not here is an error class.
 _HOMES = {
     "AsyncClient": "_aio",
+    "AsyncTaskHandle": "_aio_handle",
+    "TaskHandle": "_handle",
+    "LogEntry": "_logs",
     "Client": "_client",
     "ConnectionLost": "_watch",
     "LogReplaced": "_watch",
+    "Metrics": "_metrics",
+    "Series": "_metrics",
+    "TaskDeleted": "_overview",
+    "TasksSynced": "_overview",
+    "WatchDevicesResponse": "v1.system_service_pb2",
     "WatchItem": "_watch",
     "TLS": "_tls",
+    "proto_dir": "_protos",
     "start_daemon": "_launch",
     "Event": "v1.event_pb2",
     "ProbeReport": "v1.event_pb2",

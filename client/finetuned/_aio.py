@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+import copy
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self
@@ -11,7 +13,7 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
-from finetuned import _calls, _prepare, _silence
+from finetuned import _calls, _prepare
 from finetuned._calls import Call, Steps, T
 from finetuned._channel import open_aio_channel
 from finetuned._checkpoints import AsyncCheckpoints, resume_choice
@@ -19,15 +21,22 @@ from finetuned._client import Client
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
 from finetuned._export import AsyncExports
+from finetuned._health import AsyncHealths
 from finetuned._launch import start_daemon
+from finetuned._local import make_absolute
+from finetuned._logs import AsyncLogs
+from finetuned._metrics import AsyncCurves
+from finetuned._overview import AsyncOverviews
 from finetuned._pause import AsyncPauses
 from finetuned._probe import AsyncProbes
 from finetuned._session import Attempts, Session
 from finetuned._status import from_rpc_error
 from finetuned._stubs import stubs
 from finetuned._tls import TLS
+from finetuned._train import AsyncTrains
 from finetuned._violations import ParameterViolation
-from finetuned._watch import ENDED, Cursor, WatchItem
+from finetuned._waiting import AsyncWaits
+from finetuned._watch import Cursor, WatchItem
 from finetuned.v1.dataset_service_pb2 import BadLinePolicy, DatasetReport, InspectionProgress
 from finetuned.v1.event_pb2 import Event
 from finetuned.v1.parameter_service_pb2 import (
@@ -42,12 +51,35 @@ from finetuned.v1.system_service_pb2 import (
     GetSystemInfoResponse,
 )
 from finetuned.v1.task_pb2 import Run, Task, TaskState, TrainingType
-from finetuned.v1.task_service_pb2 import DeleteTaskResponse, WatchTaskResponse
+from finetuned.v1.task_service_pb2 import DeleteTaskResponse
 from finetuned.v1.template_service_pb2 import Template
 
 
-class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncPauses, AsyncProbes):
+class AsyncClient(
+    AsyncCheckpoints,
+    AsyncCurves,
+    AsyncExports,
+    AsyncHealths,
+    AsyncLogs,
+    AsyncOverviews,
+    AsyncPauses,
+    AsyncProbes,
+    AsyncTrains,
+    AsyncWaits,
+):
     """The daemon, from asyncio. Use one within one event loop.
+
+    >>> import asyncio
+    >>> async def main():
+    ...     async with AsyncClient() as client:
+    ...         task = await client.task("greetings")
+    ...         async for item in (await task.start()).watch():
+    ...             if isinstance(item, finetuned.Event) and item.HasField("progress"):
+    ...                 print(item.progress.step)
+    >>> asyncio.run(main())
+    1
+    2
+    3
 
     Methods, arguments and errors are those of `Client`, where they are described.
     """
@@ -64,13 +96,20 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncPauses, AsyncProbes):
     ) -> None:
         """Connects at the first call. Arguments as for `Client`."""
         self._session = Session(address, token, timeout, language, tls)
-        self._start = start_daemon
+        self._session.start = start_daemon
         self._address = address
         self._token = token
         self._tls = tls
         self._lock = asyncio.Lock()
         self._channels: list[grpc.aio.Channel] = []
         self._stubs: dict[str, Any] = {}
+        self._limit: float | None = None
+
+    def with_options(self, *, timeout: float | None = None) -> Self:
+        """As `Client.with_options`."""
+        result = copy.copy(self)
+        result._limit = timeout  # noqa: SLF001 - its own copy
+        return result
 
     async def __aenter__(self) -> Self:
         return self
@@ -90,31 +129,6 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncPauses, AsyncProbes):
             for channel in self._channels:
                 await channel.close(None)
             self._channels.clear()
-
-    async def train(
-        self,
-        training_type: str | TrainingType.ValueType,
-        parameters: Mapping[str, Any] | Parameters | None = None,
-        *,
-        display_name: str = "",
-        device: str = "",
-        task_id: str = "",
-        request_id: str = "",
-        template: str = "",
-        update_template: bool = False,
-    ) -> Task:
-        """As `Client.train`."""
-        return await self.create_task(
-            training_type,
-            parameters,
-            display_name=display_name,
-            device=device,
-            task_id=task_id,
-            start=True,
-            request_id=request_id,
-            template=template,
-            update_template=update_template,
-        )
 
     async def create_task(
         self,
@@ -240,48 +254,13 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncPauses, AsyncProbes):
         log_epoch: str = "",
         until_end: bool = False,
         reconnect_timeout: float | None = None,
-    ) -> AsyncIterator[WatchItem]:
+    ) -> AsyncGenerator[WatchItem, None]:
         """As `Client.watch`."""
         name = await self._run(_calls.resolve(name))
         cursor = Cursor(name, after_seq, log_epoch, until_end, reconnect_timeout)
-        while True:
-            failure: FinetunedError | None = None
-            endpoint = await self._connect()
-            call = self._stubs[_calls.TASK_SERVICE].WatchTask(
-                cursor.request(), metadata=self._session.metadata(endpoint)
-            )
-            try:
-                while True:
-                    response = await asyncio.wait_for(call.read(), _silence.SILENCE_SECONDS)
-                    if not isinstance(response, WatchTaskResponse):
-                        break  # grpc.aio.EOF, which grpc-stubs do not know
-                    self._session.was_reached = True
-                    item = cursor.accept(response)
-                    if item is not None:
-                        yield item
-                    if cursor.is_done:
-                        return
-            except TimeoutError:
-                failure = _silence.silent(_silence.SILENCE_SECONDS)
-            except grpc.RpcError as error:
-                failure = from_rpc_error(error)
-            finally:
-                call.cancel()
-            if failure is not None:
-                failure = self._session.check(endpoint, failure)
-            lost = cursor.lost(failure)
-            if lost is not None:
-                yield lost
-            await asyncio.sleep(cursor.delay())
-
-    async def wait(self, name: str) -> Task:
-        """As `Client.wait`."""
-        task = await self.get_task(name)
-        if task.state in ENDED:
-            return task
-        async for _ in self.watch(task.name, task.last_seq, until_end=True):
-            pass
-        return await self.get_task(task.name)
+        async with aclosing(self._follow(cursor)) as followed:
+            async for item in followed:
+                yield item
 
     async def parameter_schema(
         self, training_type: str | TrainingType.ValueType
@@ -398,6 +377,8 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncPauses, AsyncProbes):
         while True:
             was_answered = False
             endpoint = await self._connect()
+            if endpoint.is_here:
+                make_absolute(request)
             call = self._stubs[_calls.DATASET_SERVICE].InspectDataset(
                 request, metadata=self._session.metadata(endpoint)
             )
@@ -451,15 +432,17 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncPauses, AsyncProbes):
             return result
 
     async def _send(self, call: Call) -> Any:
-        attempts = Attempts(self._session, call.repeatable)
+        attempts = Attempts(self._session, call.repeatable, self._limit)
         while True:
             endpoint = await self._connect()
+            if endpoint.is_here:
+                make_absolute(call.request)
             method = getattr(self._stubs[call.service], call.rpc)
             metadata = self._session.metadata(endpoint)
             try:
                 answer = await method(
                     call.request,
-                    timeout=call.timeout or self._session.timeout,
+                    timeout=attempts.seconds(call.timeout or self._session.timeout),
                     metadata=metadata,
                 )
             except grpc.RpcError as error:
@@ -472,17 +455,17 @@ class AsyncClient(AsyncCheckpoints, AsyncExports, AsyncPauses, AsyncProbes):
     async def _connect(self) -> Endpoint:
         async with self._lock:
             self._session.check_open()
-            if self._start:
+            if self._session.start:
                 # It waits for a process: in a thread, so that the loop goes on.
                 await asyncio.to_thread(
                     start_daemon, self._address, token=self._token, tls=self._tls
                 )
-                self._start = False
+                self._session.start = False
             endpoint = self._session.locate()
             if endpoint != self._session.endpoint:
                 channel = open_aio_channel(endpoint)
                 self._channels.append(channel)
-                self._stubs = stubs(channel)
+                self._stubs.update(stubs(channel))
                 self._session.endpoint = endpoint
             return endpoint
 

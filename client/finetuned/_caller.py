@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -15,6 +16,7 @@ from finetuned._channel import open_channel
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
 from finetuned._launch import start_daemon
+from finetuned._local import make_absolute
 from finetuned._session import Attempts, Session
 from finetuned._status import from_rpc_error
 from finetuned._stubs import stubs
@@ -38,13 +40,31 @@ class Caller:
         tls: TLS | None,
     ) -> None:
         self._session = Session(address, token, timeout, language, tls)
-        self._start = start
+        self._session.start = start
         self._address = address
         self._token = token
         self._tls = tls
         self._lock = threading.Lock()
         self._channels: list[grpc.Channel] = []
         self._stubs: dict[str, Any] = {}
+        self._limit: float | None = None
+
+    def with_options(self, *, timeout: float | None = None) -> Self:
+        """The same client with another deadline for its calls, over the same connection.
+
+        >>> client.with_options(timeout=2).get_task("greetings").display_name
+        'Greetings'
+
+        Closing either closes both. Streams, `watch` and its like, have no deadline.
+
+        Args:
+            timeout: Seconds that a call may take in all, its repeats while the daemon is away and
+                the reading of training data included; else it is `DeadlineExceeded`, or
+                `DaemonUnavailable`. None: as the client has it.
+        """
+        result = copy.copy(self)
+        result._limit = timeout  # noqa: SLF001 - its own copy
+        return result
 
     def _run(self, steps: Steps[T]) -> T:
         try:
@@ -61,15 +81,17 @@ class Caller:
             return result
 
     def _send(self, call: Call) -> Any:
-        attempts = Attempts(self._session, call.repeatable)
+        attempts = Attempts(self._session, call.repeatable, self._limit)
         while True:
             endpoint = self._connect()
+            if endpoint.is_here:
+                make_absolute(call.request)
             method = getattr(self._stubs[call.service], call.rpc)
             metadata = self._session.metadata(endpoint)
             try:
                 answer = method(
                     call.request,
-                    timeout=call.timeout or self._session.timeout,
+                    timeout=attempts.seconds(call.timeout or self._session.timeout),
                     metadata=metadata,
                 )
             except grpc.RpcError as error:
@@ -101,14 +123,14 @@ class Caller:
         """The endpoint, with a channel to it; a new one where the daemon has moved."""
         with self._lock:
             self._session.check_open()
-            if self._start:
+            if self._session.start:
                 start_daemon(self._address, token=self._token, tls=self._tls)
-                self._start = False
+                self._session.start = False
             endpoint = self._session.locate()
             if endpoint != self._session.endpoint:
                 # The old channel leads nowhere, but other threads may still read from it.
                 channel = open_channel(endpoint)
                 self._channels.append(channel)
-                self._stubs = stubs(channel)
+                self._stubs.update(stubs(channel))  # which `with_options` shares
                 self._session.endpoint = endpoint
             return endpoint

@@ -41,6 +41,7 @@ SYSTEM_SERVICE = "SystemService"
 PARAMETER_SERVICE = "ParameterService"
 TEMPLATE_SERVICE = "TemplateService"
 DATASET_SERVICE = "DatasetService"
+HEALTH_SERVICE = "Health"
 
 READING_SECONDS = 120.0
 """For calls that read the whole training file."""
@@ -176,7 +177,7 @@ def mask_of(
     to_reset = [path.removeprefix("parameters.") for path in items(reset)]
     unknown = [path for path in to_reset if path not in known]
     if unknown:
-        _refuse([FieldViolation(path, _no_parameter(path), UNKNOWN_FIELD) for path in unknown])
+        refuse([FieldViolation(path, _no_parameter(path), UNKNOWN_FIELD) for path in unknown])
     paths = [name for name, text in texts.items() if text is not None]
     paths += [f"parameters.{path}" for path in (*parameters, *to_reset) if path != ALL_PARAMETERS]
     paths += [ALL_PARAMETERS] if ALL_PARAMETERS in to_reset else []
@@ -193,7 +194,7 @@ def list_tasks_page(
 ) -> Steps[tasks.ListTasksResponse]:
     """One page of ListTasks."""
     request = tasks.ListTasksRequest(
-        page_token=page_token, states=[_task_state(state) for state in states]
+        page_token=page_token, states=[task_state(state) for state in states]
     )
     page: tasks.ListTasksResponse = yield Call(TASK_SERVICE, "ListTasks", request)
     return page
@@ -209,7 +210,7 @@ def update_task(
     validate_only: bool,
     etag: str,
 ) -> Steps[Task]:
-    """UpdateTask."""
+    """UpdateTask. With an etag a repeat would be ABORTED, by the change that was made."""
     given = from_mapping(parameters)
     mask = mask_of({"display_name": display_name, "device": device}, flatten(given), reset)
     check_texts(display_name=display_name or "", device=device or "", etag=etag)
@@ -226,7 +227,7 @@ def update_task(
         validate_only=validate_only,
     )
     answer: tasks.UpdateTaskResponse = yield Call(
-        TASK_SERVICE, "UpdateTask", request, timeout=READING_SECONDS
+        TASK_SERVICE, "UpdateTask", request, repeatable=not etag, timeout=READING_SECONDS
     )
     return answer.task
 
@@ -325,14 +326,14 @@ def _check_name(name: object, kind: str = "task") -> None:
         raise TypeError(f"a {kind}'s name is a str, such as {kind}.name, not {kind_of}")
     check_texts(name=name)
     if not name.strip():
-        _refuse([FieldViolation("name", f"must name a {kind}, and is empty", "REQUIRED")])
+        refuse([FieldViolation("name", f"must name a {kind}, and is empty", "REQUIRED")])
 
 
 def check_texts(**texts: str) -> None:
     """Raise where protobuf would, with a sentence."""
     wrong = [not_utf8(field) for field, text in texts.items() if not is_utf8(text)]
     if wrong:
-        _refuse(wrong)
+        refuse(wrong)
 
 
 def _no_parameter(path: str) -> str:
@@ -340,7 +341,7 @@ def _no_parameter(path: str) -> str:
     return "is no parameter" + (f"; did you mean {close[0]}?" if close else "")
 
 
-def _refuse(violations: list[FieldViolation]) -> NoReturn:
+def refuse(violations: list[FieldViolation]) -> NoReturn:
     raise InvalidArgument(
         "; ".join(f"{v.field}: {v.description}" for v in violations),
         reason="INVALID_FIELDS",
@@ -356,7 +357,7 @@ def training_type_number(value: str | TrainingType.ValueType) -> TrainingType.Va
     return number
 
 
-def _task_state(value: str | TaskState.ValueType) -> TaskState.ValueType:
+def task_state(value: str | TaskState.ValueType) -> TaskState.ValueType:
     number: TaskState.ValueType = enum_number(TaskState, "TASK_STATE_", "states", value)
     return number
 
@@ -371,5 +372,5 @@ def enum_number(enum: Any, prefix: str, field: str, value: Any) -> Any:
         violation = FieldViolation(
             field, f"must be one of {', '.join(choices)}, not {value!r}", "NOT_A_CHOICE"
         )
-        _refuse([violation])
+        refuse([violation])
     return enum.Value(prefix + word)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from finetuned import _calls, _prepare, _silence
+from finetuned import _calls, _prepare
 from finetuned._checkpoints import Checkpoints, resume_choice
-from finetuned._errors import FinetunedError
 from finetuned._export import Exports
+from finetuned._health import Healths
+from finetuned._local import make_absolute
+from finetuned._logs import Logs
+from finetuned._metrics import Curves
+from finetuned._overview import Overviews
 from finetuned._pause import Pauses
 from finetuned._probe import Probes
 from finetuned._session import Attempts
-from finetuned._silence import Silence
 from finetuned._status import from_rpc_error
 from finetuned._tls import TLS
+from finetuned._train import Trains
 from finetuned._violations import ParameterViolation
-from finetuned._watch import ENDED, Cursor, WatchItem
+from finetuned._waiting import Waits
+from finetuned._watch import Cursor, WatchItem
 from finetuned.v1.dataset_service_pb2 import BadLinePolicy, DatasetReport, InspectionProgress
 from finetuned.v1.event_pb2 import Event
 from finetuned.v1.parameter_service_pb2 import (
@@ -39,8 +44,12 @@ from finetuned.v1.task_service_pb2 import DeleteTaskResponse
 from finetuned.v1.template_service_pb2 import Template
 
 
-class Client(Checkpoints, Exports, Pauses, Probes):
+class Client(Checkpoints, Curves, Exports, Healths, Logs, Overviews, Pauses, Probes, Trains, Waits):
     """The daemon, from a program without asyncio. Threads may share one.
+
+    >>> with Client() as client:
+    ...     [task.display_name for task in client.list_tasks("pending")]
+    ['Greetings']
 
     Tasks are named by `tasks/{task_id}`, by the bare id, or by their display name; where an id and
     a display name are the same word, the id wins. Every method raises `FinetunedError`s. Calls that
@@ -92,31 +101,6 @@ class Client(Checkpoints, Exports, Pauses, Probes):
                 channel.close()
             self._channels.clear()
 
-    def train(
-        self,
-        training_type: str | TrainingType.ValueType,
-        parameters: Mapping[str, Any] | Parameters | None = None,
-        *,
-        display_name: str = "",
-        device: str = "",
-        task_id: str = "",
-        request_id: str = "",
-        template: str = "",
-        update_template: bool = False,
-    ) -> Task:
-        """Create a task and start it, in one step. As `create_task` with `start`."""
-        return self.create_task(
-            training_type,
-            parameters,
-            display_name=display_name,
-            device=device,
-            task_id=task_id,
-            start=True,
-            request_id=request_id,
-            template=template,
-            update_template=update_template,
-        )
-
     def create_task(
         self,
         training_type: str | TrainingType.ValueType,
@@ -136,8 +120,8 @@ class Client(Checkpoints, Exports, Pauses, Probes):
         Args:
             training_type: `sft` or `pretrain`.
             parameters: Section to field to value, such as `{"training": {"batch_size": 4}}`; what
-                is absent is the template's, else the default. Paths are absolute, on the daemon's
-                machine.
+                is absent is the template's, else the default. Paths are the daemon's machine's;
+                over its socket they may be relative, or begin with `~`.
             display_name: What a user sees; unique. Empty: made from type and time.
             device: `cpu`, `cuda:0` ... Empty: the first GPU if there is one, else the CPU.
             task_id: The id within `tasks/{task_id}`. Empty: the daemon chooses.
@@ -303,7 +287,7 @@ class Client(Checkpoints, Exports, Pauses, Probes):
         log_epoch: str = "",
         until_end: bool = False,
         reconnect_timeout: float | None = None,
-    ) -> Iterator[WatchItem]:
+    ) -> Generator[WatchItem, None, None]:
         """Follow a task: a `Snapshot` of it, then its `Event`s after `after_seq`, old and new.
 
         Where the connection breaks, or nothing at all comes for 20 s, a `ConnectionLost` is
@@ -327,45 +311,7 @@ class Client(Checkpoints, Exports, Pauses, Probes):
             DaemonUnavailable: It was away for longer than `reconnect_timeout`, or never there.
         """
         name = self._run(_calls.resolve(name))
-        cursor = Cursor(name, after_seq, log_epoch, until_end, reconnect_timeout)
-        while True:
-            failure: FinetunedError | None = None
-            endpoint = self._connect()
-            call = self._stubs[_calls.TASK_SERVICE].WatchTask(
-                cursor.request(), metadata=self._session.metadata(endpoint)
-            )
-            silence = Silence(call, _silence.SILENCE_SECONDS)
-            try:
-                for response in silence.messages():
-                    self._session.was_reached = True
-                    item = cursor.accept(response)
-                    if item is not None:
-                        yield item
-                    if cursor.is_done:
-                        return
-            except grpc.RpcError as error:
-                failure = silence.error or from_rpc_error(error)
-            finally:
-                silence.close()
-            if failure is not None:
-                failure = self._session.check(endpoint, failure)
-            lost = cursor.lost(failure)
-            if lost is not None:
-                yield lost
-            self._pause(cursor.delay())
-
-    def wait(self, name: str) -> Task:
-        """The task when its run has ended: at once if it has, else as long as it takes.
-
-        One that is paused or was never started is waited for. An end in failure is no error here:
-        see `state`, `end_reason` and `end_message`.
-        """
-        task = self.get_task(name)
-        if task.state in ENDED:
-            return task
-        for _ in self.watch(task.name, task.last_seq, until_end=True):
-            pass
-        return self.get_task(task.name)
+        yield from self._follow(Cursor(name, after_seq, log_epoch, until_end, reconnect_timeout))
 
     def parameter_schema(
         self, training_type: str | TrainingType.ValueType
@@ -528,7 +474,7 @@ class Client(Checkpoints, Exports, Pauses, Probes):
         Closing the iterator ends the reading.
 
         Args:
-            path: Absolute path on the daemon's machine.
+            path: On the daemon's machine; over its socket it may be relative, or begin with `~`.
             training_type: What it is to be used for, `sft` or `pretrain`.
             tokenizer_path: Folder of a model or tokenizer, to count tokens and show what is
                 learned. Empty: neither is told.
@@ -555,6 +501,8 @@ class Client(Checkpoints, Exports, Pauses, Probes):
         while True:
             was_answered = False
             endpoint = self._connect()
+            if endpoint.is_here:
+                make_absolute(request)
             call = self._stubs[_calls.DATASET_SERVICE].InspectDataset(
                 request, metadata=self._session.metadata(endpoint)
             )

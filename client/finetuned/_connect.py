@@ -48,6 +48,11 @@ class Endpoint:
         return self.target.startswith("unix:")
 
     @property
+    def is_here(self) -> bool:
+        """Whether the daemon sees this machine's files; a port may be another's, forwarded."""
+        return self.is_unix or self.is_default
+
+    @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Metadata of every call.
 
@@ -124,6 +129,11 @@ def find(address: str | None = None, token: str | None = None, tls: TLS | None =
     if has_sockets:
         return _endpoint(f"unix:{here.socket}", token, tls, is_default=True)
     raise DaemonUnavailable(f"no daemon has left its address in {here.endpoint}")
+
+
+def announced() -> dict[str, object]:
+    """What the daemon at the default address has left of itself; empty: none has."""
+    return _content(paths().endpoint)
 
 
 def _check_owner(here: Paths) -> None:

@@ -17,6 +17,7 @@
     +-- InternalError         every other status; a fault of the daemon
     +-- EventsLost            a stream of events had a gap or a repeat
     +-- ProbeFailed           a probe ended without an answer
+    +-- RunFailed             a run that was waited for has failed
 
 Nothing here imports grpc: `_status.py` makes these from what grpc raises.
 """
@@ -25,6 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finetuned.v1.event_pb2 import Evidence, Result
+    from finetuned.v1.parameters_pb2 import Parameters
+    from finetuned.v1.task_pb2 import EndReason, Task
 
 REQUEST_ID_KEY = "request-id"
 """Metadata of a call: its id in the daemon's log."""
@@ -85,7 +92,19 @@ class DaemonNotStarted(DaemonUnavailable):
 
 
 class InvalidArgument(FinetunedError):
-    """Wrong fields, every one of them in `violations`."""
+    """Wrong fields, every one of them in `violations`.
+
+    >>> try:
+    ...     client.train("sft", {"training": {"batch_size": 0, "learning_rate": -1}})
+    ... except finetuned.InvalidArgument as error:
+    ...     for wrong in error.violations:
+    ...         print(wrong.field, wrong.reason)
+    training.batch_size OUT_OF_RANGE
+    training.learning_rate OUT_OF_RANGE
+    data.train_file REQUIRED
+    data.output_dir REQUIRED
+    data.model_path REQUIRED
+    """
 
     code = "INVALID_ARGUMENT"
 
@@ -205,3 +224,53 @@ BY_CODE: dict[str, type[FinetunedError]] = {
 
 class ProbeFailed(FinetunedError):
     """A probe ended without an answer; `reason` says why, such as `DEVICE_OUT_OF_MEMORY`."""
+
+
+class RunFailed(FinetunedError):
+    """A run that was waited for has failed.
+
+    `reason` is the end reason's name, such as `DEVICE_OUT_OF_MEMORY`; `message` says it in a
+    sentence, `advice` what to do.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        code: str = "",
+        task: Task | None = None,
+        result: Result | None = None,
+    ) -> None:
+        super().__init__(message, reason=reason, code=code)
+        self.task = task
+        """The task as it stands."""
+        self.result = result
+        """How the run ended, in full; None where no such event is kept."""
+
+    @property
+    def end_reason(self) -> EndReason.ValueType | None:
+        """Why it ended."""
+        return self.task.end_reason if self.task is not None else None
+
+    @property
+    def fix(self) -> Parameters | None:
+        """Parameters that would likely mend it, for `task.update(error.fix)`; None: not known."""
+        has_one = self.result is not None and self.result.HasField("fix")
+        return self.result.fix if self.result is not None and has_one else None
+
+    @property
+    def advice(self) -> str:
+        """Why `fix` would mend it, or what to do by hand; in English. May be empty."""
+        return self.result.advice.en if self.result is not None else ""
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """The last metrics and log lines, and the samples it failed with."""
+        has_one = self.result is not None and self.result.HasField("evidence")
+        return self.result.evidence if self.result is not None and has_one else None
+
+    @property
+    def detail(self) -> str:
+        """Last lines of the traceback or console."""
+        return self.result.detail if self.result is not None else ""

@@ -158,7 +158,7 @@ def update_template(
     reset: str | Iterable[str],
     etag: str,
 ) -> Steps[Template]:
-    """UpdateTemplate."""
+    """UpdateTemplate. With an etag a repeat would be ABORTED, by the change that was made."""
     given = from_mapping(parameters)
     changed = {"display_name": display_name}
     mask = mask_of(changed, flatten(given), reset)
@@ -173,7 +173,7 @@ def update_template(
         update_mask=mask,
     )
     answer: templates.UpdateTemplateResponse = yield Call(
-        TEMPLATE_SERVICE, "UpdateTemplate", request
+        TEMPLATE_SERVICE, "UpdateTemplate", request, repeatable=not etag
     )
     return answer.template
 

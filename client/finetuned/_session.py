@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 
@@ -45,14 +46,26 @@ class Session:
         self._tls = tls
         self.timeout = timeout
         self.language = language_of(language)
+        self.start = False
+        """Whether a daemon is to be started before the first call."""
         self.was_reached = False
         self.is_closed = False
         self.endpoint: Endpoint | None = None
+        self._pid = os.getpid()
 
     def check_open(self) -> None:
-        """Raise where the client has been closed, so that no watch reconnects after that."""
+        """Raise where the client has been closed, so that no watch reconnects after that.
+
+        And where the process was forked since: gRPC's threads are not in the child, and a call
+        would hang there.
+        """
         if self.is_closed:
             raise FinetunedError("this client is closed", reason="CLIENT_CLOSED")
+        if self.endpoint is not None and os.getpid() != self._pid:
+            raise FinetunedError(
+                "this client was used before the fork: make one in each process",
+                reason="CLIENT_FORKED",
+            )
 
     def locate(self) -> Endpoint:
         """Where the daemon is now; a new one may have another port and token."""
@@ -83,12 +96,25 @@ class Session:
 class Attempts:
     """The attempts of one call."""
 
-    def __init__(self, session: Session, repeatable: bool) -> None:
+    def __init__(self, session: Session, repeatable: bool, limit: float | None = None) -> None:
+        """Before the first.
+
+        Args:
+            session: The connection.
+            repeatable: Whether a repeat does no harm.
+            limit: Seconds that all attempts together may take. None: each has the time of its call.
+        """
         self._session = session
         self._repeatable = repeatable
         self._delays = Backoff()
         self._has_shown_another = False
-        self._deadline = time.monotonic() + RETRY_SECONDS
+        now = time.monotonic()
+        self._limit = None if limit is None else now + limit
+        self._deadline = now + (RETRY_SECONDS if limit is None else min(limit, RETRY_SECONDS))
+
+    def seconds(self, own: float) -> float:
+        """Seconds that the next attempt may take, where the call by itself has its `own`."""
+        return own if self._limit is None else max(self._limit - time.monotonic(), 0.0)
 
     def after(self, endpoint: Endpoint, error: FinetunedError) -> float:
         """Seconds to wait before the next attempt; raises the error where there is to be none."""

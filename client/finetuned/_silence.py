@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from finetuned._errors import DaemonUnavailable
-from finetuned.v1.task_service_pb2 import WatchTaskResponse
 
 SILENCE_SECONDS = 20.0
 """A stream this long without event or heartbeat is dead; heartbeats come every 5 s."""
@@ -30,9 +29,9 @@ class Silence:
         self._closed = threading.Event()
         threading.Thread(target=self._guard, name="finetuned-silence", daemon=True).start()
 
-    def messages(self) -> Iterator[WatchTaskResponse]:
+    def messages(self) -> Iterator[Any]:
         """The stream's messages. Time that the caller spends on one does not count as silence."""
-        messages = cast("Iterator[WatchTaskResponse]", iter(self._call))
+        messages = iter(self._call)
         while True:
             self._deadline = time.monotonic() + self._seconds
             try:

@@ -5,18 +5,12 @@ Like `_calls.py` this does no input or output, so that both clients share it.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from finetuned._errors import (
-    DaemonUnavailable,
-    EventsLost,
-    FinetunedError,
-    InternalError,
-    OutOfRange,
-)
-from finetuned._session import Backoff
+from finetuned import _calls
+from finetuned._errors import DaemonUnavailable, EventsLost, FinetunedError, OutOfRange
+from finetuned._outage import Outage
 from finetuned.v1.event_pb2 import Event
 from finetuned.v1.task_pb2 import EndReason, TaskState
 from finetuned.v1.task_service_pb2 import Snapshot, WatchTaskRequest, WatchTaskResponse
@@ -29,9 +23,6 @@ ENDED = frozenset(
 _REPLACED = frozenset({"LOG_EPOCH_CHANGED", "SEQ_BEYOND_LAST"})
 """Reasons why a place that was good is none any more."""
 
-# A transport that breaks can look like a fault of the daemon; one that always "breaks" is a fault.
-_MOST_FAULTS = 5
-
 
 @dataclass(frozen=True)
 class ConnectionLost:
@@ -39,8 +30,8 @@ class ConnectionLost:
 
     error: DaemonUnavailable
     """What happened."""
-    after_seq: int
-    """Last `seq` seen before."""
+    after_seq: int = 0
+    """Last `seq` seen before; 0 where the items watched are no events."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,10 @@ WatchItem: TypeAlias = Snapshot | Event | ConnectionLost | LogReplaced
 class Cursor:
     """The place of one watcher in one task's log."""
 
+    service = _calls.TASK_SERVICE
+    rpc = "WatchTask"
+    interval = 0.0
+
     def __init__(
         self,
         name: str,
@@ -75,10 +70,7 @@ class Cursor:
         self._seq = after_seq
         self._log_epoch = log_epoch
         self._until_end = until_end
-        self._patience = reconnect_timeout
-        self._delays = Backoff()
-        self._lost_at: float | None = None
-        self._faults = 0
+        self._outage = Outage(reconnect_timeout)
         self._end_seq: int | None = None
         self._history_seq = 0
         self._was_followed = False
@@ -87,25 +79,23 @@ class Cursor:
         """What to ask for on a new stream."""
         return WatchTaskRequest(name=self._name, after_seq=self._seq, log_epoch=self._log_epoch)
 
-    def accept(self, response: WatchTaskResponse) -> Snapshot | Event | None:
+    def accept(self, response: WatchTaskResponse) -> tuple[Snapshot | Event, ...]:
         """Take a message of the stream; returns what is to be yielded.
 
         Raises:
             EventsLost: The events have a gap or a repeat.
             OutOfRange: The log is not the one that was watched.
         """
-        self._lost_at = None
-        self._faults = 0
-        self._delays = Backoff()
+        self._outage.over()
         match response.WhichOneof("response"):
             case "snapshot":
                 self._accept_snapshot(response.snapshot)
-                return response.snapshot
+                return (response.snapshot,)
             case "event":
                 self._accept_event(response.event)
-                return response.event
+                return (response.event,)
             case _:  # a heartbeat, or what a later daemon may send
-                return None
+                return ()
 
     def lost(self, error: FinetunedError | None) -> ConnectionLost | LogReplaced | None:
         """Take the end of a stream; returns what is to be yielded, once an outage.
@@ -116,30 +106,16 @@ class Cursor:
         Raises:
             FinetunedError: The error, where watching again cannot mend it.
         """
-        if error is None:
-            error = DaemonUnavailable("the daemon ended the stream")
-        if isinstance(error, InternalError) and not error.reason:
-            self._faults += 1
-            if self._faults >= _MOST_FAULTS:
-                raise error
-            error = DaemonUnavailable(f"the connection broke: {error.message}")
         if isinstance(error, OutOfRange) and error.reason in _REPLACED and self._was_followed:
             replaced = LogReplaced(self._seq)
             self._seq, self._log_epoch = 0, ""
             return replaced
-        if not isinstance(error, DaemonUnavailable):
-            raise error
-        now = time.monotonic()
-        if self._lost_at is None:
-            self._lost_at = now
-            return ConnectionLost(error, self._seq)
-        if self._patience is not None and now - self._lost_at >= self._patience:
-            raise error
-        return None
+        told = self._outage.take(error)
+        return ConnectionLost(told, self._seq) if told is not None else None
 
     def delay(self) -> float:
         """Seconds to wait before the next stream."""
-        return next(self._delays)
+        return self._outage.delay()
 
     def _accept_snapshot(self, snapshot: Snapshot) -> None:
         task = snapshot.task

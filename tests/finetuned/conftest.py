@@ -15,20 +15,25 @@ from typing import Any
 import pytest
 
 from daemon_process import Daemon
-from finetuned import AsyncClient, Client
+from finetuned import AsyncClient, Client, TaskHandle
 from terminal import CTL, Terminal
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 class InThreads:
-    """`Client` with `AsyncClient`'s face, so that each test is written once."""
+    """`Client`, or its handle, with the other's face, so that each test is written once."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client | TaskHandle) -> None:
         self._client = client
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __repr__(self) -> str:
+        return repr(self._client)
+
+    def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
+        if not callable(method):
+            return method
 
         async def iterate(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
             items = method(*arguments, **options)
@@ -40,9 +45,11 @@ class InThreads:
                 items.close()
 
         async def call(*arguments: Any, **options: Any) -> Any:
-            return await asyncio.to_thread(method, *arguments, **options)
+            answer = await asyncio.to_thread(method, *arguments, **options)
+            return InThreads(answer) if isinstance(answer, TaskHandle) else answer
 
-        return iterate if inspect.isgeneratorfunction(method) else call
+        returned = str(inspect.signature(method).return_annotation)
+        return iterate if returned.startswith(("Iterator", "Generator")) else call
 
 
 @pytest.fixture(params=["sync", "async"])

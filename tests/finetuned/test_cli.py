@@ -398,5 +398,5 @@ def test_hints_about_a_name_with_a_dash_work(ctl: Run, scene: Scene) -> None:
         (hint,) = re.findall(rf"finetunectl (task {verb} .*)", watched.stderr)
         assert ctl(*shlex.split(hint)).returncode == (0 if verb == "logs" else 1)
     refused = ctl("task", "delete", "--", "-a b")
-    (hint,) = re.findall(r"say it: finetunectl (.*)", refused.stderr)
+    (hint,) = re.findall(r"next: finetunectl (.*)", refused.stderr)
     assert ctl(*shlex.split(hint)).returncode == 0

@@ -17,7 +17,8 @@ import pytest
 from finetuned import FailedPrecondition, Task
 from finetuned._errors import PreconditionViolation
 from finetuned.cli import main
-from finetuned.cli.settings import json_text, show_error, task_command
+from finetuned.cli.errors import show_error
+from finetuned.cli.settings import json_text, task_command
 
 CTL = str(Path(sys.executable).parent / "finetunectl")
 ODD = "a\udcff"

@@ -338,7 +338,7 @@ def test_doctor_says_what_mends_it_and_a_start_leads_there(
     assert f"{venv}/bin/python -m pip install" in answer.stdout
     start = ctl("train", *files(scene), "-d")
     assert start.returncode == 1
-    assert start.stderr.endswith("what is missing: finetunectl doctor\n")
+    assert start.stderr.endswith("next: finetunectl doctor\n")
 
 
 def test_a_data_file_is_shown_with_what_is_learned_of_it(

@@ -144,7 +144,7 @@ def test_a_question_without_a_terminal_is_an_error_in_json(ctl: Run, scene: Scen
         assert answer.returncode == 2
         error = json.loads(answer.stderr)["error"]
         assert error["reason"] == "NO_TERMINAL"
-        assert f"finetunectl {' '.join(command)} --" in error["message"]
+        assert f"finetunectl {' '.join(command)} --" in error["next"]
 
 
 def test_an_edit_that_is_wrong_goes_on_with_the_kept_file(
@@ -291,4 +291,4 @@ def test_a_hint_has_the_task_by_the_name_that_was_typed(ctl: Run, scene: Scene) 
     ctl("task", "create", *files(scene), "--name", "my task")
     answer = ctl("task", "stop", "my task")
     assert answer.returncode == 1
-    assert answer.stderr.endswith("how it stands: finetunectl task show 'my task'\n")
+    assert answer.stderr.endswith("next: finetunectl task show 'my task'\n")

@@ -49,7 +49,7 @@ def test_it_asks_for_what_comes_after_the_last_event() -> None:
 def test_a_heartbeat_is_not_passed_on() -> None:
     place = cursor()
     place.accept(snapshot("RUNNING", 0))
-    assert place.accept(WatchTaskResponse(heartbeat=Heartbeat())) is None
+    assert place.accept(WatchTaskResponse(heartbeat=Heartbeat())) == ()
 
 
 @pytest.mark.parametrize("seq", [1, 2, 4])

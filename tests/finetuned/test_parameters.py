@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from finetuned import FieldViolation, InvalidArgument, Parameters
+from finetuned._local import PATHS
 from finetuned._parameters import convert, fields, flatten, from_mapping
-from finetuned.cli.params import _PATHS, Draft, Wish, draft, read_file
+from finetuned.cli.params import Draft, Wish, draft, read_file
 
 
 def test_there_are_49_parameters_beside_extensions_and_the_path_fields_are_texts() -> None:
     assert len([path for path in fields() if not path.startswith("extensions.")]) == 49
-    for path in _PATHS:
+    for path in PATHS:
         assert fields()[path].cpp_type == fields()[path].CPPTYPE_STRING
 
 

@@ -18,7 +18,10 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from daemon_process import eventually
 from finetuned import (
+    AsyncClient,
+    Client,
     ConnectionLost,
     DaemonUnavailable,
     DeadlineExceeded,
@@ -29,6 +32,8 @@ from finetuned import (
     OutOfRange,
     Snapshot,
     Task,
+    TaskDeleted,
+    TasksSynced,
     Unimplemented,
     _silence,
 )
@@ -38,10 +43,20 @@ from finetuned.v1.dataset_service_pb2_grpc import (
     DatasetServiceServicer,
     add_DatasetServiceServicer_to_server,
 )
+from finetuned.v1.system_service_pb2 import Device, WatchDevicesResponse
+from finetuned.v1.system_service_pb2_grpc import (
+    SystemServiceServicer,
+    add_SystemServiceServicer_to_server,
+)
 from finetuned.v1.task_service_pb2 import (
     CreateTaskResponse,
+    GetMetricsResponse,
     GetTaskResponse,
+    MetricSeries,
+    Synced,
+    UpdateTaskResponse,
     WatchTaskResponse,
+    WatchTasksResponse,
 )
 from finetuned.v1.task_service_pb2_grpc import (
     TaskServiceServicer,
@@ -49,14 +64,15 @@ from finetuned.v1.task_service_pb2_grpc import (
 )
 
 
-class Peer(TaskServiceServicer, DatasetServiceServicer):
+class Peer(TaskServiceServicer, DatasetServiceServicer, SystemServiceServicer):
     """Answers as each test scripts it, and remembers what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.failures = 0
         self.metadata: list[dict[str, str | bytes]] = []
-        self.streams: list[list[WatchTaskResponse | str]] = []
+        self.streams: list[list[Any]] = []
+        self.pages: list[GetMetricsResponse] = []
         self.over = threading.Event()
 
     def _fail_first(self, request: Any, context: grpc.ServicerContext) -> None:
@@ -71,6 +87,10 @@ class Peer(TaskServiceServicer, DatasetServiceServicer):
 
     def DeleteTask(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._fail_first(request, context)
+
+    def UpdateTask(self, request: Any, context: grpc.ServicerContext) -> UpdateTaskResponse:
+        self._fail_first(request, context)
+        return UpdateTaskResponse(task=request.task)
 
     def GetTask(self, request: Any, context: grpc.ServicerContext) -> GetTaskResponse:
         self.asked.append(request)
@@ -93,6 +113,20 @@ class Peer(TaskServiceServicer, DatasetServiceServicer):
         if request.path == "/breaks":
             context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
         self.over.wait()
+
+    def GetMetrics(self, request: Any, context: grpc.ServicerContext) -> GetMetricsResponse:
+        self.asked.append(type(request).FromString(request.SerializeToString()))
+        return self.pages.pop(0)
+
+    def _play(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        self.asked.append(request)
+        for message in self.streams.pop(0):
+            if message == "hang":
+                self.over.wait()
+                return
+            yield message
+
+    WatchTasks = WatchDevices = _play  # type: ignore[assignment]
 
     def WatchTask(self, request: Any, context: grpc.ServicerContext) -> Iterator[WatchTaskResponse]:
         self.asked.append(request)
@@ -119,6 +153,7 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
     server = grpc.server(ThreadPoolExecutor(4))
     add_TaskServiceServicer_to_server(peer, server)
     add_DatasetServiceServicer_to_server(peer, server)
+    add_SystemServiceServicer_to_server(peer, server)
     server.add_insecure_port(f"unix:{tmp_path}/s")
     server.start()
     yield peer
@@ -196,6 +231,133 @@ async def test_a_delete_is_not_repeated(client: Any, peer: Peer) -> None:
     with pytest.raises(DaemonUnavailable):
         await client.delete_task("tasks/a")
     assert len(peer.asked) == 1
+
+
+@pytest.mark.parametrize(("etag", "asked"), [("", 2), ("e", 1)])
+async def test_an_update_is_repeated_unless_its_etag_would_be_stale_by_then(
+    client: Any, peer: Peer, etag: str, asked: int
+) -> None:
+    """The repeat of one that was made already would be told of its own change."""
+    peer.failures = 1
+    try:
+        await client.update_task("tasks/a", display_name="b", etag=etag)
+    except DaemonUnavailable:
+        assert etag
+    assert len(peer.asked) == asked
+
+
+async def test_a_deadline_of_ones_own_is_for_calls_of_that_client_alone(
+    tmp_path: Path, peer: Peer
+) -> None:
+    with Client(f"unix:{tmp_path}/s", timeout=60) as client:
+        hasty = client.with_options(timeout=0.2)
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.to_thread(hasty.get_task, "tasks/a")
+        patient = asyncio.create_task(asyncio.to_thread(client.get_task, "tasks/a"))
+        await asyncio.to_thread(lambda: eventually(lambda: len(peer.asked) == 2, "a second call"))
+        peer.over.set()
+        assert await patient == Task()
+    async with AsyncClient(f"unix:{tmp_path}/s", timeout=60) as aio:
+        peer.over.clear()
+        with pytest.raises(DeadlineExceeded):
+            await aio.with_options(timeout=0.2).get_task("tasks/a")
+
+
+async def test_a_deadline_of_ones_own_counts_repeats_too(
+    tmp_path: Path, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetuned._session.RETRY_SECONDS", 1000.0)
+    peer.failures = 1_000_000
+    with (
+        Client(f"unix:{tmp_path}/s") as client,
+        pytest.raises((DaemonUnavailable, DeadlineExceeded)),
+    ):
+        await asyncio.to_thread(
+            client.with_options(timeout=0.3).create_task, "sft", display_name="x"
+        )
+    async with AsyncClient(f"unix:{tmp_path}/s") as aio:
+        with pytest.raises((DaemonUnavailable, DeadlineExceeded)):
+            await aio.with_options(timeout=0.3).create_task("sft", display_name="x")
+
+
+def listed(name: str) -> WatchTasksResponse:
+    return WatchTasksResponse(task=Task(name=f"tasks/{name}"))
+
+
+SYNCED = WatchTasksResponse(synced=Synced())
+
+
+async def taken(items: Any, count: int) -> list[Any]:
+    result = [await anext(items) for _ in range(count)]
+    await items.aclose()
+    return result
+
+
+async def test_what_has_gone_while_the_connection_was_lost_is_told(client: Any, peer: Peer) -> None:
+    """So that a reader who keeps a dict of tasks has no ghosts in it."""
+    deleted = WatchTasksResponse(deleted="tasks/c")
+    peer.streams = [
+        [listed("a"), listed("b"), SYNCED, listed("c"), deleted, deleted],
+        [listed("b"), listed("d")],  # breaks off before it is whole: what is gone is not known
+        [listed("d"), SYNCED, "hang"],
+    ]
+    items = await taken(client.watch_tasks(["running", "queued"]), 13)
+    told = [item.name if isinstance(item, Task) else item for item in items]
+    assert told[:2] == ["tasks/a", "tasks/b"]
+    assert told[2:5] == [TasksSynced(2), "tasks/c", TaskDeleted("tasks/c")]
+    assert isinstance(told[5], ConnectionLost)
+    assert told[6:8] == ["tasks/b", "tasks/d"]
+    assert isinstance(told[8], ConnectionLost)
+    assert told[9:] == [
+        "tasks/d",
+        TaskDeleted("tasks/a"),
+        TaskDeleted("tasks/b"),
+        TasksSynced(1),
+    ]
+    assert {tuple(request.states) for request in peer.asked} == {(3, 2)}
+
+
+async def test_a_silent_list_of_tasks_is_taken_for_dead(
+    client: Any, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_silence, "SILENCE_SECONDS", 0.2)
+    peer.streams = [[SYNCED, "hang"], [SYNCED, "hang"]]
+    first, lost, again = await taken(client.watch_tasks(), 3)
+    assert "nothing came" in lost.error.message
+    assert first == again == TasksSynced(0)
+
+
+async def test_devices_are_watched_on_after_an_outage(client: Any, peer: Peer) -> None:
+    shown = WatchDevicesResponse(devices=[Device(id="cpu")])
+    peer.streams = [[shown], [shown, "hang"]]
+    first, lost, again = await taken(client.watch_devices(7.5), 3)
+    assert first == again == shown
+    assert isinstance(lost, ConnectionLost)
+    assert [request.interval_seconds for request in peer.asked] == [7.5, 7.5]
+
+
+async def test_curves_are_put_together_from_pages_of_one_run(client: Any, peer: Peer) -> None:
+    """A run that starts between two pages is not mixed into them."""
+
+    def page(metric: str, steps: list[int], token: str) -> GetMetricsResponse:
+        count = len(steps)
+        series = MetricSeries(
+            metric=metric,
+            steps=steps,
+            values=map(float, steps),
+            epochs=[0.5] * count,
+            times=[1.0] * count,
+            point_count=3,
+        )
+        return GetMetricsResponse(run=4, series=[series], next_page_token=token)
+
+    peer.pages = [page("loss", [1, 2], "t"), page("loss", [3], "u"), page("eval_loss", [3], "")]
+    metrics = await client.metrics("tasks/a", names=["loss", "eval_loss"])
+    assert list(metrics.series) == ["eval_loss", "loss"]
+    assert metrics.series["loss"].steps == [1, 2, 3]
+    assert metrics.series["loss"].values == [1.0, 2.0, 3.0]
+    assert [(r.run, r.page_token) for r in peer.asked] == [(0, ""), (4, "t"), (4, "u")]
+    assert metrics.run == 4
 
 
 async def test_an_answer_that_does_not_come_is_an_error(client: Any, peer: Peer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 import sys
@@ -16,26 +15,39 @@ _NEEDED = ("typer", "rich", "yaml")
 def main() -> None:
     """The entry point. Ends the process with one of the statuses of `settings.Exit`."""
     _open_streams()
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        print(
-            f"finetunectl needs {', '.join(missing)}: pip install 'finetuned[cli]'", file=sys.stderr
-        )
-        sys.exit(1)
     # Remarks of grpc's core, such as on a connection that ended, would tear the live view.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     status: str | int | None = 0
     try:
-        from finetuned.cli.app import app
+        from finetuned.cli import quick
 
-        app()
+        sys.argv[1:] = quick.expanded(sys.argv[1:])
+        status = quick.answer(sys.argv[1:])
+        if status is None:
+            _check_needed()
+            from finetuned.cli.app import app
+
+            # Else it would be `python -m finetuned.cli` in texts, where it was started so.
+            app(prog_name="finetunectl")
     except SystemExit as end:
         status = end.code
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:
+        status = 141
     except OSError as error:  # help or version, to a full disk
         status = _unwritten(error)
     sys.exit(_flushed(status))
+
+
+def _check_needed() -> None:
+    import importlib.util
+
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"error: finetunectl needs {', '.join(missing)}", file=sys.stderr)
+        print("next: pip install 'finetuned[cli]'", file=sys.stderr)
+        sys.exit(1)
 
 
 def _open_streams() -> None:

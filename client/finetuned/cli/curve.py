@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 # Bit of a braille cell for column 0 or 1 and row 0 to 3 from the top.
-_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 
 def curve(
@@ -43,8 +43,8 @@ def curve(
         )
         for step, loss in finite
     ]
-    for x, y in _connected(dots):
-        cells[y // 4][x // 2] |= _BITS[x % 2][y % 4]
+    for x, y in connected(dots):
+        cells[y // 4][x // 2] |= BITS[x % 2][y % 4]
     lines = ["loss".rjust(margin)]
     for row, cell_row in enumerate(cells):
         drawn = "".join(_cell(bits, ascii_only) for bits in cell_row).rstrip()
@@ -57,7 +57,7 @@ def curve(
     return "\n".join(lines)
 
 
-def _connected(dots: Sequence[tuple[float, float]]) -> Iterator[tuple[int, int]]:
+def connected(dots: Sequence[tuple[float, float]]) -> Iterator[tuple[int, int]]:
     """Every dot on the lines between neighbours."""
     for (x0, y0), (x1, y1) in itertools.pairwise(dots):
         steps = max(round(abs(x1 - x0)), round(abs(y1 - y0)), 1)

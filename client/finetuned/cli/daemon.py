@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from finetuned.cli import log
+from finetuned.cli.group import Commands
 from finetuned.cli.settings import Exit, JsonOption, say, settings
 
 if TYPE_CHECKING:
     from finetuned._client import Client
 
-app = typer.Typer(no_args_is_help=True, help="The daemon itself.")
-
-app.command("logs")(log.logs)
+app = typer.Typer(cls=Commands, help="The daemon itself.")
 
 _STOP_SECONDS = 15.0
 _POLL_SECONDS = 0.05
@@ -38,14 +37,17 @@ def start(ctx: typer.Context, as_json: JsonOption = False) -> None:
 @app.command()
 def stop(ctx: typer.Context, as_json: JsonOption = False) -> None:
     """Stop the daemon. Runs go on, and the next daemon adopts them."""
-    from finetuned._connect import find
+    from finetuned._connect import announced, find
 
     endpoint = find(settings(ctx).address)
     with settings(ctx).client() as client:
         info = client.system_info()
+        # Where a service manager listens for it, somebody always does, and a look would start the
+        # next one.
+        is_activated = endpoint.is_default and announced().get("is_activated") is True
         client.shutdown()
     deadline = time.monotonic() + _STOP_SECONDS
-    while endpoint.is_listening():
+    while announced().get("pid") == info.pid if is_activated else endpoint.is_listening():
         if time.monotonic() > deadline:
             say(f"the daemon (process {info.pid}) has not ended within {_STOP_SECONDS:g} s")
             raise typer.Exit(Exit.FAILED)
@@ -59,6 +61,8 @@ def stop(ctx: typer.Context, as_json: JsonOption = False) -> None:
     if info.running_tasks:
         runs = "run goes on; its" if info.running_tasks == 1 else "runs go on; their"
         say(f"{info.running_tasks} {runs} next daemon: finetunectl daemon start")
+    if is_activated:
+        say("the next call starts it again; to have it stay away: finetuned service stop")
 
 
 @app.command()
@@ -66,6 +70,9 @@ def status(ctx: typer.Context, as_json: JsonOption = False) -> None:
     """Show what the daemon is, and the quota if there is one; exit status 3 if none answers."""
     with settings(ctx).client() as client:
         _show(client, as_json)
+
+
+app.command("logs")(log.logs)
 
 
 def _show(client: Client, as_json: bool) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetuned.cli.settings import Exit, JsonOption, say, settings, visible
+from finetuned.cli.group import Commands
+from finetuned.cli.settings import Exit, JsonOption, command_line, say, settings, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
         RenderedSample,
     )
 
-app = typer.Typer(no_args_is_help=True, help="Training data.")
+app = typer.Typer(cls=Commands, help="Training data.")
 
 _BAR_WIDTH = 40
 _BAD_LINES_SHOWN = 10
@@ -64,6 +65,7 @@ def inspect(
     Exit status 2 if a run can't use it. Ctrl-C ends the reading. With --model or --tokenizer,
     tokens are counted and what the model learns is marked.
     """
+    from finetuned.cli.errors import show_trouble
     from finetuned.cli.output import print_json
 
     folder = tokenizer or model
@@ -78,7 +80,12 @@ def inspect(
         )
         report = _follow(items, is_quiet=as_json)
     if report is None:
-        say("error: the daemon has sent no report; its log says more")
+        show_trouble(
+            "the daemon has sent no report; its log says more",
+            reason="NO_REPORT",
+            command=command_line("daemon", "logs", "--level", "error"),
+            as_json=as_json,
+        )
         raise typer.Exit(Exit.FAILED)
     if as_json:
         print_json(report)
@@ -109,10 +116,11 @@ def _follow(
         TimeRemainingColumn,
     )
 
+    from finetuned.cli.live import is_interactive
     from finetuned.v1.dataset_service_pb2 import DatasetReport
 
     console = Console(stderr=True)
-    is_shown = console.is_terminal and not console.is_dumb_terminal and not is_quiet
+    is_shown = is_interactive(console) and not is_quiet
     with Progress(
         BarColumn(),
         DownloadColumn(binary_units=True),

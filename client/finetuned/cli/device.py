@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from finetuned.cli.settings import JsonOption, settings
+from finetuned.cli.group import Commands
+from finetuned.cli.settings import JsonOption, WatchOption, settings
 
-app = typer.Typer(no_args_is_help=True, help="Devices that tasks can run on.")
+app = typer.Typer(cls=Commands, help="Devices that tasks can run on.")
 
 
 @app.callback()
@@ -15,27 +16,20 @@ def _group() -> None:  # pyright: ignore[reportUnusedFunction]
 
 
 @app.command("list")
-def list_devices(ctx: typer.Context, as_json: JsonOption = False) -> None:
+def list_devices(
+    ctx: typer.Context, watch: WatchOption = False, as_json: JsonOption = False
+) -> None:
     """List devices, GPUs first."""
-    from finetuned.cli.output import bytes_text, print_json, print_table
+    from finetuned.cli.output import print_json, print_table
+    from finetuned.cli.rows import DEVICE_COLUMNS, device_row
 
     with settings(ctx).client() as client:
+        if watch:
+            from finetuned.cli.board import DeviceBoard, watch_board
+
+            raise typer.Exit(watch_board(client.watch_devices(), DeviceBoard(), as_json=as_json))
         devices = client.list_devices()
     if as_json:
         print_json(devices)
         return
-    print_table(
-        ("device", "product", "memory", "free", "use", "task", "queued"),
-        (
-            (
-                device.id,
-                device.product_name,
-                bytes_text(device.memory_total_bytes),
-                bytes_text(device.memory_free_bytes),
-                f"{device.utilization:.0%}" if device.HasField("utilization") else "",
-                device.running_task.removeprefix("tasks/") or "free",
-                str(device.queued_tasks or ""),
-            )
-            for device in devices
-        ),
-    )
+    print_table(DEVICE_COLUMNS, map(device_row, devices))

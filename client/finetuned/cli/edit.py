@@ -254,13 +254,19 @@ def _remarks(violations: list[FieldViolation], message: str) -> str:
 def _open_editor(path: Path, task: Task, shown: str) -> None:
     import subprocess
 
+    from finetuned.cli.errors import show_trouble
+
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
         status = subprocess.run([*shlex.split(editor), str(path)], check=False).returncode
     except (OSError, ValueError) as error:
         path.unlink()
-        say(f"error: the editor {editor!r} can't be run: {error}")
-        say(f"say which one: EDITOR=nano {task_command('edit', task)}")
+        show_trouble(
+            f"the editor {editor!r} can't be run: {error}",
+            reason="NO_EDITOR",
+            command=f"EDITOR=nano {task_command('edit', task)}",
+            as_json=False,
+        )
         raise typer.Exit(Exit.FAILED) from error
     if not status:
         return

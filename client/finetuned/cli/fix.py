@@ -28,7 +28,9 @@ _LAST_EVENTS = 50
 
 
 @dataclass(frozen=True)
-class _Change:
+class Change:
+    """One parameter of a fix."""
+
     field: str
     old: Any
     """None: it has no value."""
@@ -37,8 +39,10 @@ class _Change:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    changes: list[_Change]
+class FixPlan:
+    """What would mend a task."""
+
+    changes: list[Change]
     why: str
     """Why they would mend it; without changes, what to do by hand."""
     is_known: bool
@@ -62,6 +66,7 @@ def fix(
     itself once there is room; to change its task is to stop it.
     """
     from finetuned._documents import sections
+    from finetuned.cli.errors import show_trouble
     from finetuned.cli.follow import follow
     from finetuned.cli.output import print_json_line, print_json_value, state_word, to_dict
     from finetuned.v1.task_pb2 import PauseReason, TaskState
@@ -72,9 +77,14 @@ def fix(
         waits = task.pause_reason == PauseReason.PAUSE_REASON_DISK_FULL
         mendable = task.state in (TaskState.TASK_STATE_FAILED, TaskState.TASK_STATE_PENDING)
         if not (mendable or waits):
-            say(f"error: {task_word(task)} is {state_word(task.state)}: there is nothing to mend")
+            show_trouble(
+                f"{task_word(task)} is {state_word(task.state)}: there is nothing to mend",
+                reason="NOTHING_TO_MEND",
+                command=task_command("show", name),
+                as_json=as_json,
+            )
             raise typer.Exit(Exit.FAILED)
-        plan = _plan(client, task)
+        plan = plan_fix(client, task)
         undo = _undo(task, plan.changes)
         if not as_json:
             _show(task, plan)
@@ -114,7 +124,7 @@ def fix(
         raise typer.Exit(Exit.FAILED)
 
 
-def _content(plan: _Plan, undo: str) -> dict[str, Any]:
+def _content(plan: FixPlan, undo: str) -> dict[str, Any]:
     return {
         "changes": [vars(change) for change in plan.changes],
         "why": plan.why,
@@ -122,7 +132,8 @@ def _content(plan: _Plan, undo: str) -> dict[str, Any]:
     }
 
 
-def _plan(client: Client, task: Task) -> _Plan:
+def plan_fix(client: Client, task: Task) -> FixPlan:
+    """What would mend a task whose run failed, or which a check refuses."""
     from finetuned._parameters import flatten
     from finetuned.cli.failure import advice_text
 
@@ -131,7 +142,7 @@ def _plan(client: Client, task: Task) -> _Plan:
         plan = _by_check(client, task)
         if plan.is_known or result is None:
             return plan
-        return _Plan([], advice_text(result.advice), is_known=False)
+        return FixPlan([], advice_text(result.advice), is_known=False)
     now = flatten(task.parameters)
     wanted = flatten(result.fix)
     # Not the newest, where a probe has followed it.
@@ -146,14 +157,14 @@ def _plan(client: Client, task: Task) -> _Plan:
     ]
     if edited and any(not path.startswith("data.resume") for path in edited):
         why = f"{', '.join(edited)} was changed since the run failed; try it with that"
-        return _Plan([], why, is_known=True)
+        return FixPlan([], why, is_known=True)
     changes = _changes(task, wanted)
     if wanted and not changes:
-        return _Plan([], "the task has what would likely mend it already", is_known=True)
-    return _Plan(changes, advice_text(result.advice), is_known=True)
+        return FixPlan([], "the task has what would likely mend it already", is_known=True)
+    return FixPlan(changes, advice_text(result.advice), is_known=True)
 
 
-def _by_check(client: Client, task: Task) -> _Plan:
+def _by_check(client: Client, task: Task) -> FixPlan:
     """What the check suggests where it would refuse a start."""
     errors = [v for v in client.validate(None, task=task.name) if v.severity == "error"]
     wanted = {
@@ -164,15 +175,15 @@ def _by_check(client: Client, task: Task) -> _Plan:
     why = "; ".join(f"{v.field} {v.message}" for v in errors)
     if not errors:
         why = "no run of it has failed, and the check finds nothing that is wrong"
-    return _Plan(_changes(task, wanted), why, is_known=bool(wanted))
+    return FixPlan(_changes(task, wanted), why, is_known=bool(wanted))
 
 
-def _changes(task: Task, wanted: dict[str, Any]) -> list[_Change]:
+def _changes(task: Task, wanted: dict[str, Any]) -> list[Change]:
     from finetuned._parameters import flatten
 
     now = flatten(task.parameters)
     return [
-        _Change(path, now.get(path), None if value == "" else value)
+        Change(path, now.get(path), None if value == "" else value)
         for path, value in wanted.items()
         if value != now.get(path, "")
     ]
@@ -190,7 +201,7 @@ def _result(client: Client, task: Task) -> Result | None:
     return None
 
 
-def _show(task: Task, plan: _Plan) -> None:
+def _show(task: Task, plan: FixPlan) -> None:
     from finetuned.cli.output import print_pairs, reason_word, value_text
 
     word = "paused" if task.pause_reason else "failed"
@@ -213,7 +224,7 @@ def _show(task: Task, plan: _Plan) -> None:
     )
 
 
-def _undo(task: Task, changes: list[_Change]) -> str:
+def _undo(task: Task, changes: list[Change]) -> str:
     """The command that sets the old values back."""
     from finetuned.cli.output import value_text
 

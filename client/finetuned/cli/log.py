@@ -59,7 +59,8 @@ def logs(
         str, typer.Option("--task", metavar="TASK", help="Of one task, by display name or id.")
     ] = "",
     lines: Annotated[
-        int, typer.Option("--lines", "-n", min=0, help="So many of the newest; 0: all.")
+        int,
+        typer.Option("-n", "--lines", metavar="N", min=0, help="So many of the newest; 0: all."),
     ] = 200,
     as_json: JsonOption = False,
 ) -> None:

@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -19,18 +18,17 @@ from rich.table import Table
 from rich.text import Text
 
 from finetuned._violations import plain_value
+from finetuned._words import STATE_COLORS
+from finetuned._words import duration_text as duration_text
+from finetuned._words import local as local
+from finetuned._words import phase_word as phase_word
+from finetuned._words import reason_word as reason_word
+from finetuned._words import state_word as state_word
 from finetuned.cli.settings import json_text, visible
-from finetuned.v1.task_pb2 import EndReason, RunPhase, Task, TaskState, TrainingType
+from finetuned.v1.task_pb2 import Task, TaskState, TrainingType
 
-STATE_STYLES = {
-    "pending": "blue",
-    "queued": "blue",
-    "running": "green",
-    "completed": "green",
-    "stopped": "dark_orange",
-    "failed": "red",
-    "paused": "dark_orange",
-}
+# In rich's own word for orange.
+STATE_STYLES = {word: f"dark_{c}" if c == "orange" else c for word, c in STATE_COLORS.items()}
 
 
 class _Console(Console):
@@ -56,24 +54,8 @@ def console(*, stderr: bool = False) -> Console:
     """Stdout, or stderr. Where it is no terminal, lines are as long as they are."""
     if (sys.stderr if stderr else sys.stdout).isatty():
         return _Console(stderr=stderr, highlight=False)
-    return _Console(stderr=stderr, highlight=False, width=10_000, force_terminal=False)
-
-
-def state_word(state: TaskState.ValueType) -> str:
-    """Such as `running`."""
-    return TaskState.Name(state).removeprefix("TASK_STATE_").lower()
-
-
-def phase_word(phase: RunPhase.ValueType) -> str:
-    """Such as `loading model`."""
-    return _words(RunPhase.Name(phase).removeprefix("RUN_PHASE_"))
-
-
-def reason_word(reason: EndReason.ValueType) -> str:
-    """Such as `out of memory`; empty where there is none."""
-    if reason == EndReason.END_REASON_UNSPECIFIED:
-        return ""
-    return _words(EndReason.Name(reason).removeprefix("END_REASON_"))
+    is_colored = bool(os.environ.get("FORCE_COLOR"))
+    return _Console(stderr=stderr, highlight=False, width=10_000, force_terminal=is_colored)
 
 
 def type_word(training_type: TrainingType.ValueType) -> str:
@@ -90,18 +72,6 @@ def state_text(state: TaskState.ValueType) -> Text:
 def time_text(moment: Timestamp) -> str:
     """Local time, to the second; empty where there is none."""
     return f"{local(moment):%Y-%m-%d %H:%M:%S}" if moment.seconds else ""
-
-
-def local(moment: Timestamp) -> datetime:
-    """The moment in local time."""
-    return datetime.fromtimestamp(moment.seconds + moment.nanos / 1e9).astimezone()
-
-
-def duration_text(seconds: float) -> str:
-    """Such as `1:02:03` or `2:03`."""
-    minutes, second = divmod(max(round(seconds), 0), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def bytes_text(size: int) -> str:
@@ -153,17 +123,25 @@ def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str | Text]], wrapped: Sequence[str] = ()
 ) -> None:
     """A table with a line of headings; where it is too wide, the `wrapped` columns give way."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.upper(), no_wrap=column not in wrapped)
-    for row in rows:
-        table.add_row(*row)
+    table = table_of(columns, rows, wrapped)
     out = console()
     # The last column is padded too, with blanks that copying would take along.
     for parts in out.render_lines(table, pad=False):
         line = Text.assemble(*((part.text, part.style or "") for part in parts))
         line.rstrip()
         out.print(line, soft_wrap=True)
+
+
+def table_of(
+    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], wrapped: Sequence[str] = ()
+) -> Table:
+    """The table that `print_table` prints."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.upper(), no_wrap=column not in wrapped)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def print_pairs(pairs: Iterable[tuple[str, str | Text]]) -> None:
@@ -212,7 +190,3 @@ def _scalar(field: Any, value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:  # JSON has neither NaN nor infinity
         return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
     return value
-
-
-def _words(name: str) -> str:
-    return name.lower().replace("_", " ")

@@ -18,6 +18,7 @@ from typing import Any, cast
 import yaml
 
 from finetuned._errors import FieldViolation, InvalidArgument
+from finetuned._local import PATHS
 from finetuned._parameters import (
     SECTIONS,
     UNKNOWN_FIELD,
@@ -33,16 +34,6 @@ from finetuned.v1.parameters_pb2 import Parameters
 OUTPUT_FOLDER = "finetuned-output"
 """Where outputs go by default, a folder for each task, below the current folder."""
 
-# The one thing that the contract's types don't say: which texts are paths.
-_PATHS = (
-    "data.train_file",
-    "data.eval_file",
-    "data.output_dir",
-    "data.model_path",
-    "data.tokenizer_path",
-    "data.resume_from_checkpoint",
-    "lora.peft_config_path",
-)
 _TYPES = ("sft", "pretrain")
 
 _LONGEST_BYTES = 16 << 20
@@ -283,7 +274,7 @@ def draft(wish: Wish, *, output_default: bool = True) -> Draft:
         )
     parameters, wrong = convert(_without_nulls(wish.sections), parse_text=True)
     violations += wrong
-    for path in _PATHS:
+    for path in PATHS:
         section_name, name = path.split(".")
         section = getattr(parameters, section_name)
         if getattr(section, name):

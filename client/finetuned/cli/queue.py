@@ -10,6 +10,8 @@ from finetuned.cli.settings import (
     Exit,
     JsonOption,
     TaskArgument,
+    WatchOption,
+    WatchRunOption,
     say,
     settings,
     task_command,
@@ -20,18 +22,17 @@ if TYPE_CHECKING:
     from finetuned.v1.task_pb2 import Task
 
 
-def queue(ctx: typer.Context, as_json: JsonOption = False) -> None:
+def queue(ctx: typer.Context, watch: WatchOption = False, as_json: JsonOption = False) -> None:
     """Show what runs on each device and what waits for it, in order; and what is paused."""
-    from finetuned.cli.output import (
-        print_json_value,
-        print_table,
-        progress_text,
-        state_text,
-        time_text,
-        to_dict,
-    )
+    from finetuned.cli.output import print_json_value, print_table, to_dict
+    from finetuned.cli.rows import QUEUE_COLUMNS, QUEUE_STATES, queue_row
 
     with settings(ctx).client() as client:
+        if watch:
+            from finetuned.cli.board import QueueBoard, watch_board
+
+            items = client.watch_tasks(QUEUE_STATES)
+            raise typer.Exit(watch_board(items, QueueBoard(client), as_json=as_json))
         rows = _queue(client)
     if as_json:
         devices: dict[str, list[Task]] = {}
@@ -47,20 +48,7 @@ def queue(ctx: typer.Context, as_json: JsonOption = False) -> None:
     if not rows:
         say("nothing runs, waits or is paused")
         return
-    print_table(
-        ("device", "place", "name", "state", "steps", "created"),
-        (
-            (
-                device,
-                str(task.queue_position or ""),
-                task.display_name,
-                state_text(task.state).append(pause_text(task)),
-                progress_text(task),
-                time_text(task.create_time),
-            )
-            for device, task in rows
-        ),
-    )
+    print_table(QUEUE_COLUMNS, (queue_row(device, task) for device, task in rows))
 
 
 def pause(
@@ -95,7 +83,7 @@ def pause(
 def resume(
     ctx: typer.Context,
     name: TaskArgument,
-    watch: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
+    watch: WatchRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Let a paused task go on from its newest whole checkpoint. It waits while its device is busy.
@@ -137,14 +125,6 @@ def move(
     print(_standing(task))
 
 
-def pause_text(task: Task) -> str:
-    """Why a paused task is paused, as an addition to its state; empty where nobody has to know."""
-    from finetuned.v1.task_pb2 import PauseReason
-
-    is_full = task.pause_reason == PauseReason.PAUSE_REASON_DISK_FULL
-    return " (disk full)" if is_full else ""
-
-
 def _standing(task: Task) -> str:
     from finetuned.cli.output import state_word
 
@@ -154,33 +134,14 @@ def _standing(task: Task) -> str:
 
 def _queue(client: Client) -> list[tuple[str, Task]]:
     """Devices with their tasks: what runs, what waits by its place, then what is paused."""
-    order = ("running", "queued", "paused")
-    rows: list[tuple[str, Task]] = []
-    for task in client.list_tasks(order):
-        # The device that it has, which its task need not have asked for.
-        run = next((run for run in client.list_runs(task.name) if run.number == task.run), None)
-        rows.append((run.device if run is not None else task.device, task))
+    from finetuned.cli.output import state_word
+    from finetuned.cli.rows import QUEUE_STATES, device_of, place_of
+
+    tasks = list(client.list_tasks(QUEUE_STATES))
+    rows = [(device_of(client, task), task) for task in tasks]
     devices = [device.id for device in client.list_devices()]
-
-    def place(row: tuple[str, Task]) -> tuple[int, str, int, int, int]:
-        from finetuned.cli.output import state_word
-
-        device, task = row
-        at = devices.index(device) if device in devices else len(devices)
-        started = task.start_time.ToNanoseconds()
-        return at, device, order.index(state_word(task.state)), task.queue_position, started
-
-    return sorted((row for row in rows if _is_waiting(row[1])), key=place)
-
-
-def _is_waiting(task: Task) -> bool:
-    from finetuned.v1.task_pb2 import TaskState
-
-    return task.state in (
-        TaskState.TASK_STATE_RUNNING,
-        TaskState.TASK_STATE_QUEUED,
-        TaskState.TASK_STATE_PAUSED,
-    )
+    waiting = [row for row in rows if state_word(row[1].state) in QUEUE_STATES]
+    return sorted(waiting, key=lambda row: place_of(row[0], row[1], devices))
 
 
 def _until_idle(client: Client, task: Task) -> Task:

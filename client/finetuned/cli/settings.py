@@ -7,33 +7,17 @@ or SIGHUP ends a live view. In all these the run goes on.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 import shlex
 import sys
-from collections.abc import Generator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import typer.core
 
-from finetuned._connect import ADDRESS_VARIABLE
-from finetuned._errors import (
-    DaemonNotStarted,
-    DaemonUnavailable,
-    FailedPrecondition,
-    FieldViolation,
-    FinetunedError,
-    InternalError,
-    InvalidArgument,
-    NotFound,
-    Unauthenticated,
-)
+from finetuned._errors import InvalidArgument
 
 if TYPE_CHECKING:
     from finetuned._client import Client
@@ -69,6 +53,8 @@ class Settings:
     """JSON on stdout, and errors as JSON on stderr."""
     task: str = ""
     """The task that the command is about, as it was typed."""
+    template: str = ""
+    """The template that it is about, likewise."""
 
     def client(self, *, start: bool = False) -> Client:
         """A client for one command; `start`: starts the daemon first, if none runs."""
@@ -82,9 +68,27 @@ class Settings:
         return Client(self.address)
 
 
+class WithNext(InvalidArgument):
+    """Bad input, with the very command that would be right."""
+
+    def __init__(self, message: str, next_command: str, *, reason: str) -> None:
+        super().__init__(message, reason=reason)
+        self.next_command = next_command
+
+
+# Of this process: global options that a command to be copied has to have, too.
+_global_options: list[str] = []
+
+
 def settings(ctx: typer.Context) -> Settings:
     """The global options of this call."""
     return ctx.ensure_object(Settings)
+
+
+def keep_address(ctx: typer.Context, address: str | None, *, is_typed: bool) -> None:
+    """Take the address for this call; commands to be copied repeat it where it was typed."""
+    settings(ctx).address = address
+    _global_options[:] = ["--address", address] if address and is_typed else []
 
 
 def _remember_json(ctx: typer.Context, value: bool) -> bool:
@@ -102,8 +106,20 @@ JsonOption = Annotated[
 ]
 
 
+WatchOption = Annotated[
+    bool,
+    typer.Option("-w", "--watch", help="Go on showing it while it changes, until Ctrl-C."),
+]
+WatchRunOption = Annotated[bool, typer.Option("-w", "--watch", help="Watch it to its end.")]
+
+
 def _remember_task(ctx: typer.Context, value: str) -> str:
     settings(ctx).task = value
+    return value
+
+
+def _remember_optional_task(ctx: typer.Context, value: str | None) -> str | None:
+    settings(ctx).task = value or ""
     return value
 
 
@@ -111,55 +127,29 @@ TaskArgument = Annotated[
     str,
     typer.Argument(metavar="TASK", callback=_remember_task, help="Display name or id of the task."),
 ]
+NewestTaskArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[TASK]",
+        callback=_remember_optional_task,
+        help="Display name or id of the task. [the one that runs, else the newest]",
+    ),
+]
 
 
-class Group(typer.core.TyperGroup):
-    """The root command: shows errors, and turns them into exit statuses."""
-
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Reads the arguments; help and version are written here."""
-        with _quiet_pipes():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
-        with _quiet_pipes():
-            try:
-                return super().invoke(ctx)
-            except FinetunedError as error:
-                options = ctx.ensure_object(Settings)
-                show_error(error, options.json, options)
-                raise typer.Exit(_status(error)) from error
-            except OSError as error:
-                if error.errno == errno.EPIPE:
-                    raise
-                say(f"error: {_os_trouble(error)}")
-                raise typer.Exit(Exit.FAILED) from error
-            except typer.Abort as error:
-                say("")  # the cursor stands behind the question
-                # Ctrl-D, an end of the input, is a no; typer makes the same of both.
-                is_interrupt = isinstance(error.__context__, KeyboardInterrupt)
-                raise typer.Exit(Exit.INTERRUPTED if is_interrupt else Exit.FAILED) from None
-            except KeyboardInterrupt:
-                raise typer.Exit(Exit.INTERRUPTED) from None
+def _remember_template(ctx: typer.Context, value: str) -> str:
+    settings(ctx).template = value
+    return value
 
 
-@contextlib.contextmanager
-def _quiet_pipes() -> Generator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise typer.Exit(Exit.PIPE_CLOSED) from None
-
-
-def _os_trouble(error: OSError) -> str:
-    try:
-        os.getcwd()  # noqa: PTH109 (Path.cwd() is the same call)
-    except FileNotFoundError:
-        return "the current folder is gone; change to another one, or give absolute paths"
-    except OSError:
-        pass
-    return str(error)
+TemplateArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TEMPLATE",
+        callback=_remember_template,
+        help="Display name or id of the template.",
+    ),
+]
 
 
 def task_word(task: Task) -> str:
@@ -167,17 +157,26 @@ def task_word(task: Task) -> str:
     return task.display_name or task.name
 
 
+def command_line(*words: str) -> str:
+    """A command of this program at the same daemon, to be copied into a shell."""
+    return shlex.join(["finetunectl", *_global_options, *words])
+
+
+def resource_command(noun: str, verb: str, name: str, *options: str) -> str:
+    """A command on a task or template, to be copied into a shell."""
+    words = [*options, "--", name] if name.startswith("-") else [name, *options]
+    return command_line(noun, verb, *words)
+
+
 def task_command(verb: str, task: Task | str, *options: str) -> str:
     """A command on a task, to be copied into a shell."""
     name = task if isinstance(task, str) else task_word(task)
-    words = [*options, "--", name] if name.startswith("-") else [name, *options]
-    return shlex.join(["finetunectl", "task", verb, *words])
+    return resource_command("task", verb, name, *options)
 
 
 def template_command(verb: str, name: str, *options: str) -> str:
     """A command on a template, to be copied into a shell."""
-    words = [*options, "--", name] if name.startswith("-") else [name, *options]
-    return shlex.join(["finetunectl", "template", verb, *words])
+    return resource_command("template", verb, name, *options)
 
 
 def confirm(question: str, command: str) -> bool:
@@ -197,7 +196,7 @@ def confirm(question: str, command: str) -> bool:
 
 def no_terminal(why: str, command: str) -> InvalidArgument:
     """The error of a command that has nobody to ask, with the command that need not ask."""
-    return InvalidArgument(f"{why}\nsay it: {command}", reason="NO_TERMINAL")
+    return WithNext(why, command, reason="NO_TERMINAL")
 
 
 def one_file(argument: Path | None, option: Path | None) -> Path | None:
@@ -232,83 +231,3 @@ def visible(text: str) -> str:
 def say(text: str) -> None:
     """A line for people, on stderr."""
     print(visible(text), file=sys.stderr, flush=True)
-
-
-def show_error(error: FinetunedError, as_json: bool, options: Settings | None = None) -> None:
-    """The error on stderr, with every wrong field and what to type next.
-
-    Args:
-        error: What went wrong.
-        as_json: Write JSON.
-        options: The global options; None: none were given.
-    """
-    if as_json:
-        violations = [vars(violation) for violation in getattr(error, "violations", ())]
-        content = {
-            "code": error.code,
-            "reason": error.reason,
-            "message": error.message,
-            "violations": violations,
-            "request_id": error.request_id,
-        }
-        say(json_text({"error": content}, sys.stderr.encoding))
-        return
-    if isinstance(error, InvalidArgument) and error.violations:
-        say("error: " + ("a field is wrong" if len(error.violations) == 1 else "fields are wrong"))
-        shown = [(_short(violation), violation.description) for violation in error.violations]
-        width = max(len(field) for field, _ in shown)
-        for field, description in shown:
-            say(f"  {field:<{width}}  {description}")
-    else:
-        say(f"error: {error.message}")
-    if isinstance(error, InternalError):
-        say(f"please report it, with what this collects: finetunectl support-bundle ({_id(error)})")
-    hint = _hint(error, options or Settings())
-    if hint:
-        say(hint)
-
-
-def _short(violation: FieldViolation) -> str:
-    return violation.field.removeprefix("task.").removeprefix("parameters.") or "request"
-
-
-def _id(error: FinetunedError) -> str:
-    return f"request {error.request_id}" if error.request_id else "the call has no id"
-
-
-def _hint(error: FinetunedError, options: Settings) -> str:
-    if isinstance(error, DaemonNotStarted):
-        return ""  # its message says it
-    if isinstance(error, DaemonUnavailable) and not error.reason:
-        variable = os.environ.get(ADDRESS_VARIABLE)
-        if options.address or variable:
-            # The option's default is the variable.
-            own = ADDRESS_VARIABLE if options.address in (None, variable) else "--address"
-            # `daemon start` would look there too, and start nothing.
-            return f"the address is that of {own}; without it, your own daemon is asked"
-        return "start it: finetunectl daemon start"
-    if isinstance(error, NotFound):
-        noun = "template" if "TEMPLATE" in error.reason else "task"
-        return f"{noun}s there are: finetunectl {noun} list"
-    if isinstance(error, Unauthenticated):
-        return "set FINETUNED_TOKEN to the daemon's token"
-    if isinstance(error, FailedPrecondition) and error.violations:
-        name = error.violations[0].subject
-        if error.reason == "ENVIRONMENT_NOT_READY":
-            return "what is missing: finetunectl doctor"
-        if name.startswith("templates/"):
-            return ""
-        if name.startswith("tasks/"):
-            name = options.task or name
-        if error.reason == "TASK_PAUSED":
-            return f"let it go on: {task_command('resume', name)}"
-        if error.reason == "TASK_ACTIVE":
-            return f"stop it: {task_command('stop', name, '--wait')}"
-        return f"how it stands: {task_command('show', name)}"
-    return ""
-
-
-def _status(error: FinetunedError) -> Exit:
-    if isinstance(error, DaemonUnavailable):
-        return Exit.UNREACHABLE
-    return Exit.USAGE if isinstance(error, InvalidArgument) else Exit.FAILED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +18,15 @@ from finetuned.cli.checkpoint import (
 from finetuned.cli.edit import edit
 from finetuned.cli.export import export_config
 from finetuned.cli.fix import fix
-from finetuned.cli.queue import move, pause, pause_text, resume
+from finetuned.cli.group import Commands
+from finetuned.cli.queue import move, pause, resume
 from finetuned.cli.settings import (
     Exit,
     JsonOption,
+    NewestTaskArgument,
     TaskArgument,
+    WatchOption,
+    WatchRunOption,
     confirm,
     one_file,
     say,
@@ -50,20 +55,10 @@ if TYPE_CHECKING:
     from finetuned.v1.event_pb2 import Event
     from finetuned.v1.task_pb2 import Run, Task
 
-app = typer.Typer(no_args_is_help=True, help="Tasks: what to train and how, and where it stands.")
-app.command("edit")(edit)
-app.command("checkpoints")(checkpoints)
-app.command("delete-checkpoint")(delete_checkpoint)
-app.command("export-config")(export_config)
-app.command("fix")(fix)
-app.command("pause")(pause)
-app.command("resume")(resume)
-app.command("move")(move)
-
+app = typer.Typer(cls=Commands, help="Tasks: what to train and how, and where it stands.")
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-@app.command("create")
 def create_task(
     ctx: typer.Context,
     file_argument: Annotated[
@@ -100,50 +95,45 @@ def create_task(
         show_created(create(client, settings(ctx), wish, start=False), as_json)
 
 
-@app.command("list")
 def list_tasks(
     ctx: typer.Context,
     states: Annotated[
         list[str] | None,
         typer.Option("--state", metavar="STATE", help="Only tasks in this state; again for more."),
     ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=0, help="Only the newest N. [all]")
+    ] = 0,
+    names: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Names alone, one a line, for scripts.")
+    ] = False,
+    watch: WatchOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """List tasks, newest first."""
-    from finetuned.cli.output import (
-        print_json,
-        print_table,
-        progress_text,
-        state_text,
-        time_text,
-        type_word,
-    )
+    from finetuned.cli.output import print_json, print_table
+    from finetuned.cli.rows import TASK_COLUMNS, task_row
 
+    if watch and names:
+        raise typer.BadParameter("goes without --quiet", param_hint="--watch")
     with settings(ctx).client() as client:
-        tasks = list(client.list_tasks(states or ()))
+        if watch:
+            from finetuned.cli.board import TaskBoard, watch_board
+
+            items = client.watch_tasks(states or ())
+            raise typer.Exit(watch_board(items, TaskBoard(limit), as_json=as_json))
+        tasks = list(islice(client.list_tasks(states or ()), limit or None))
     if as_json:
         print_json(tasks)
-        return
-    if not tasks:
+    elif names:
+        for task in tasks:
+            print(visible(task.display_name))
+    elif not tasks:
         say("no tasks; make one: finetunectl train --model DIR --data FILE")
-        return
-    print_table(
-        ("name", "type", "state", "steps", "loss", "created"),
-        (
-            (
-                task.display_name,
-                type_word(task.training_type),
-                state_text(task.state).append(pause_text(task)),
-                progress_text(task),
-                f"{task.progress.loss:.4f}" if task.progress.HasField("loss") else "",
-                time_text(task.create_time),
-            )
-            for task in tasks
-        ),
-    )
+    else:
+        print_table(TASK_COLUMNS, map(task_row, tasks))
 
 
-@app.command()
 def show(ctx: typer.Context, name: TaskArgument, as_json: JsonOption = False) -> None:
     """Show a task with its parameters."""
     from finetuned.cli.output import print_json
@@ -158,7 +148,6 @@ def show(ctx: typer.Context, name: TaskArgument, as_json: JsonOption = False) ->
         _show_task(task, runs, result)
 
 
-@app.command()
 def start(
     ctx: typer.Context,
     name: TaskArgument,
@@ -166,7 +155,7 @@ def start(
     plan: Annotated[
         bool, typer.Option("--plan", help="With --resume: start nothing, tell what it would be.")
     ] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Watch it to its end.")] = False,
+    watch: WatchRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Start a run of a task. It waits while its device is busy."""
@@ -191,7 +180,6 @@ def start(
     print(f"{task.display_name} {state_word(task.state)}{place}")
 
 
-@app.command()
 def stop(
     ctx: typer.Context,
     name: TaskArgument,
@@ -229,7 +217,6 @@ def stop(
         say(f"watch it: {task_command('watch', task)}")
 
 
-@app.command()
 def delete(
     ctx: typer.Context,
     name: TaskArgument,
@@ -272,20 +259,29 @@ def delete(
             say(f"  {folder}")
 
 
-@app.command()
-def watch(ctx: typer.Context, name: TaskArgument, as_json: JsonOption = False) -> None:
+def watch(ctx: typer.Context, name: NewestTaskArgument = None, as_json: JsonOption = False) -> None:
     """Watch a task to the end of its run. Ctrl-C ends the watching, not the run."""
     from finetuned.cli.follow import follow
     from finetuned.v1.task_pb2 import TaskState
 
     with settings(ctx).client() as client:
-        task = client.get_task(name)
+        task = client.get_task(name) if name is not None else _newest(client)
         if task.state == TaskState.TASK_STATE_PENDING:
             say(f"not started yet; start it: {task_command('start', task)}")
         raise typer.Exit(follow(client, task, as_json=as_json))
 
 
-@app.command()
+def _newest(client: Client) -> Task:
+    """The newest task that runs; else the newest that waits; else the newest of all."""
+    from finetuned._errors import NotFound
+
+    for states in (("running",), ("queued", "paused"), ()):
+        task = next(iter(client.list_tasks(states)), None)
+        if task is not None:
+            return task
+    raise NotFound("there is no task to watch", reason="NO_TASKS")
+
+
 def logs(
     ctx: typer.Context,
     name: TaskArgument,
@@ -355,6 +351,7 @@ def _show_task(task: Task, runs: list[Run], result: str) -> None:
         type_word,
         value_text,
     )
+    from finetuned.cli.rows import pause_text
 
     print_pairs(
         [
@@ -398,3 +395,22 @@ def _show_task(task: Task, runs: list[Run], result: str) -> None:
                 for run in runs
             ),
         )
+
+
+# In the order of their use, as the help lists them.
+app.command("create")(create_task)
+app.command("list")(list_tasks)
+app.command("show")(show)
+app.command("start")(start)
+app.command("watch")(watch)
+app.command("logs")(logs)
+app.command("stop")(stop)
+app.command("pause")(pause)
+app.command("resume")(resume)
+app.command("move")(move)
+app.command("edit")(edit)
+app.command("fix")(fix)
+app.command("checkpoints")(checkpoints)
+app.command("delete-checkpoint")(delete_checkpoint)
+app.command("export-config")(export_config)
+app.command("delete")(delete)

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from finetuned.cli.group import Commands
 from finetuned.cli.settings import (
     Exit,
     JsonOption,
+    TemplateArgument,
     confirm,
     input_file,
     one_file,
     say,
     settings,
-    show_error,
     template_command,
 )
 from finetuned.cli.train import FileOption, SetOption, TypeOption, wish_of
@@ -25,11 +26,8 @@ if TYPE_CHECKING:
     from finetuned.cli.params import Draft, Wish
     from finetuned.v1.template_service_pb2 import Template
 
-app = typer.Typer(no_args_is_help=True, help="Templates: named parameters to begin tasks with.")
+app = typer.Typer(cls=Commands, help="Templates: named parameters to begin tasks with.")
 
-NameArgument = Annotated[
-    str, typer.Argument(metavar="TEMPLATE", help="Display name or id of the template.")
-]
 AllOption = Annotated[
     bool, typer.Option("--all", help="All parameters, those at their default too.")
 ]
@@ -70,7 +68,10 @@ def list_templates(
 
 @app.command()
 def show(
-    ctx: typer.Context, name: NameArgument, every: AllOption = False, as_json: JsonOption = False
+    ctx: typer.Context,
+    name: TemplateArgument,
+    every: AllOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show a template as YAML: what differs from the defaults, or --all."""
     from finetuned.cli.output import print_json
@@ -119,7 +120,7 @@ def save(
 @app.command()
 def delete(
     ctx: typer.Context,
-    name: NameArgument,
+    name: TemplateArgument,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -137,7 +138,7 @@ def delete(
 @app.command("export")
 def export_template(
     ctx: typer.Context,
-    name: NameArgument,
+    name: TemplateArgument,
     file: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="File to write. [-, which is stdout]")
     ] = None,
@@ -216,7 +217,6 @@ def _save(
         as_json: Write JSON.
         is_whole: The wish stands for the whole template: a change keeps nothing else.
     """
-    from finetuned._errors import AlreadyExists
     from finetuned.cli.output import print_json
     from finetuned.cli.params import draft, refused
 
@@ -229,18 +229,12 @@ def _save(
         template = _update(client, present, plan, task, is_typed=was_typed, is_whole=is_whole)
     else:
         _check_no_id(client, plan.display_name)
-        try:
-            template = client.create_template(
-                plan.display_name,
-                plan.training_type if was_typed or not task else None,
-                plan.parameters,
-                task=task,
-            )
-        except AlreadyExists as error:
-            show_error(error, as_json)
-            if not as_json:
-                say("change that one: the same command with --update")
-            raise typer.Exit(Exit.FAILED) from error
+        template = client.create_template(
+            plan.display_name,
+            plan.training_type if was_typed or not task else None,
+            plan.parameters,
+            task=task,
+        )
     if as_json:
         print_json(template)
         return

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
 import time
 from collections.abc import Mapping
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from finetuned._watch import ConnectionLost, LogReplaced, WatchItem
+from finetuned.cli.live import LiveDisplay, is_interactive
 from finetuned.cli.output import (
     bytes_text,
     console,
@@ -35,16 +32,12 @@ from finetuned.v1.event_pb2 import Event
 from finetuned.v1.task_pb2 import TaskState
 from finetuned.v1.task_service_pb2 import Snapshot
 
-_RECONNECTING = (
+RECONNECTING = (
     "daemon connection lost, waiting ... the run goes on; "
     "if nothing brings the daemon back: finetunectl daemon start"
 )
-_RECONNECTED = "daemon connection is back"
+RECONNECTED = "daemon connection is back"
 _REPLACED = "the daemon's log was restored: its events follow from the first on"
-
-
-# Their own action would end the process at once, and leave the cursor hidden.
-_ENDING = [signal.SIGTERM, *([signal.SIGHUP] if sys.platform != "win32" else [])]
 
 
 class View:
@@ -103,12 +96,12 @@ class PlainView(View):
                 print(f"{local(item.time):%H:%M:%S}  {visible(line)}", flush=True)
         elif isinstance(item, ConnectionLost):
             self._was_lost = True
-            say(_RECONNECTING)
+            say(RECONNECTING)
         elif isinstance(item, LogReplaced):
             say(_REPLACED)
         elif self._was_lost:
             self._was_lost = False
-            say(_RECONNECTED)
+            say(RECONNECTED)
 
 
 class LiveView(View):
@@ -119,17 +112,10 @@ class LiveView(View):
         self._tracker: Tracker | None = None
         self._was_lost = False
         self._seen_at = time.monotonic()
-        self._handlers: dict[signal.Signals, Any] = {}
-        self._live = Live(
-            console=self._console, get_renderable=self._render, refresh_per_second=4, transient=True
-        )
+        self._display = LiveDisplay(self._console, self._render)
 
     def __enter__(self) -> Self:
-        for number in _ENDING:
-            # What is ignored, such as SIGHUP under nohup, stays so.
-            if signal.getsignal(number) == signal.SIG_DFL:
-                self._handlers[number] = signal.signal(number, _end)
-        self._live.start()
+        self._display.__enter__()
         return self
 
     def __exit__(
@@ -139,13 +125,7 @@ class LiveView(View):
         traceback: TracebackType | None,
     ) -> None:
         """Leave the terminal in order."""
-        try:
-            # After a hang-up there is no terminal left to put in order.
-            with contextlib.suppress(OSError) if kind is SystemExit else contextlib.nullcontext():
-                self._live.stop()
-        finally:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+        self._display.__exit__(kind, error, traceback)
 
     def show(self, item: WatchItem, tracker: Tracker) -> None:
         """Take the new figures; print what happens once."""
@@ -163,12 +143,12 @@ class LiveView(View):
                 )
         elif isinstance(item, ConnectionLost):
             self._was_lost = True
-            self._console.print(Text(_RECONNECTING, style="yellow"))
+            self._console.print(Text(RECONNECTING, style="yellow"))
         elif isinstance(item, LogReplaced):
             self._console.print(Text(_REPLACED, style="yellow"))
         elif self._was_lost:
             self._was_lost = False
-            self._console.print(Text(_RECONNECTED, style="green"))
+            self._console.print(Text(RECONNECTED, style="green"))
 
     def _render(self) -> RenderableType:
         tracker = self._tracker
@@ -219,7 +199,7 @@ def choose(as_json: bool) -> View:
     """The view for this stdout."""
     if as_json:
         return JsonView()
-    return LiveView() if _is_interactive(console()) else PlainView()
+    return LiveView() if is_interactive(console()) else PlainView()
 
 
 def event_line(event: Event, tracker: Tracker) -> str:
@@ -302,12 +282,3 @@ def _event_style(event: Event) -> str:
             return "red" if event.log_line.level == "error" else "yellow"
         case _:
             return ""
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
-def _is_interactive(out: Console) -> bool:
-    # A dumb terminal, such as an editor's, can't move its cursor.
-    return out.is_terminal and not out.is_dumb_terminal

@@ -1,0 +1,131 @@
+"""Streams that go on after the connection broke: how both clients read one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Generator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from finetuned import _silence
+from finetuned._caller import Caller
+from finetuned._errors import FinetunedError
+from finetuned._silence import Silence
+from finetuned._status import from_rpc_error
+
+if TYPE_CHECKING:
+    from finetuned._connect import Endpoint
+    from finetuned._session import Session
+
+Item = TypeVar("Item", covariant=True)
+T = TypeVar("T")
+
+
+class Place(Protocol[Item]):
+    """Where a reader stands in a stream, without input or output of its own."""
+
+    service: str
+    rpc: str
+    is_done: bool
+    interval: float
+    """Seconds that the stream is quiet by itself, beside heartbeats."""
+
+    def request(self) -> Message:
+        """What to ask for on a new stream."""
+        ...
+
+    def accept(self, response: Any) -> tuple[Item, ...]:
+        """Take a message of the stream; returns what is to be yielded."""
+        ...
+
+    def lost(self, error: FinetunedError | None) -> Item | None:
+        """Take the end of a stream; returns what is to be yielded, or raises the error."""
+        ...
+
+    def delay(self) -> float:
+        """Seconds to wait before the next stream."""
+        ...
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
+
+
+class Streams(Caller):
+    """How `Client` reads a stream."""
+
+    def _follow(self, place: Place[T], deadline: float | None = None) -> Generator[T, None, None]:
+        """The stream's items; until the deadline of the monotonic clock, then DeadlineExceeded."""
+        while True:
+            failure: FinetunedError | None = None
+            endpoint = self._connect()
+            call = getattr(self._stubs[place.service], place.rpc)(
+                place.request(),
+                metadata=self._session.metadata(endpoint),
+                timeout=_left(deadline),
+            )
+            silence = Silence(call, _silence.SILENCE_SECONDS + place.interval)
+            try:
+                for response in silence.messages():
+                    self._session.was_reached = True
+                    yield from place.accept(response)
+                    if place.is_done:
+                        return
+            except grpc.RpcError as error:
+                failure = silence.error or from_rpc_error(error)
+            finally:
+                silence.close()
+            if failure is not None:
+                failure = self._session.check(endpoint, failure)
+            lost = place.lost(failure)
+            if lost is not None:
+                yield lost
+            self._pause(place.delay())
+
+
+class AsyncStreams:
+    """How `AsyncClient` reads a stream."""
+
+    if TYPE_CHECKING:
+        _session: Session
+        _stubs: dict[str, Any]
+
+        async def _connect(self) -> Endpoint: ...
+
+    async def _follow(
+        self, place: Place[T], deadline: float | None = None
+    ) -> AsyncGenerator[T, None]:
+        while True:
+            failure: FinetunedError | None = None
+            endpoint = await self._connect()
+            call = getattr(self._stubs[place.service], place.rpc)(
+                place.request(),
+                metadata=self._session.metadata(endpoint),
+                timeout=_left(deadline),
+            )
+            quiet = _silence.SILENCE_SECONDS + place.interval
+            try:
+                while True:
+                    response = await asyncio.wait_for(call.read(), quiet)
+                    if not isinstance(response, Message):
+                        break  # grpc.aio.EOF, which grpc-stubs do not know
+                    self._session.was_reached = True
+                    for item in place.accept(response):
+                        yield item
+                    if place.is_done:
+                        return
+            except TimeoutError:
+                failure = _silence.silent(quiet)
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error)
+            finally:
+                call.cancel()
+            if failure is not None:
+                failure = self._session.check(endpoint, failure)
+            lost = place.lost(failure)
+            if lost is not None:
+                yield lost
+            await asyncio.sleep(place.delay())
