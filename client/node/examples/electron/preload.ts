@@ -1,0 +1,22 @@
+/** Electron's preload script: what a window may ask for. */
+
+import type { ParametersInput, WatchItem } from "@finetuned/client";
+import { contextBridge, ipcRenderer } from "electron";
+
+let watches = 0;
+
+contextBridge.exposeInMainWorld("finetuned", {
+  train: (parameters: ParametersInput) => ipcRenderer.invoke("train", parameters),
+  stop: (task: string) => ipcRenderer.invoke("stop", task),
+  /** Calls back with all that happens to a task; returns what ends it. */
+  watch(task: string, take: (item: WatchItem) => void): () => void {
+    const id = `finetuned:watch:${(watches += 1)}`;
+    const listener = (_event: unknown, item: WatchItem) => take(item);
+    ipcRenderer.on(id, listener);
+    void ipcRenderer.invoke("watch", id, task);
+    return () => {
+      ipcRenderer.removeListener(id, listener);
+      void ipcRenderer.invoke("unwatch", id);
+    };
+  },
+});

@@ -1,0 +1,201 @@
+/** A task to work with: what `client.task(name)` and `client.train(...)` return. */
+
+import type { CallOptions, StreamOptions } from "./caller.js";
+import type {
+  ChangeOptions,
+  Client,
+  DeleteTaskOptions,
+  LogEntry,
+  LogsOptions,
+  MetricsOptions,
+  StartTaskOptions,
+  UpdateTaskOptions,
+  WatchTaskOptions,
+} from "./client.js";
+import type { ConfigFormatName } from "./enums.js";
+import type { Event, ProbeReport } from "./gen/finetuned/v1/event.js";
+import type { EstimateTaskResponse } from "./gen/finetuned/v1/parameter_service.js";
+import { type Checkpoint, type Run, RunPhase, type Task } from "./gen/finetuned/v1/task.js";
+import type { DeleteTaskResponse, ExportTaskConfigResponse } from "./gen/finetuned/v1/task_service.js";
+import type { Metrics } from "./metrics.js";
+import type { ParametersInput } from "./parameters.js";
+import type { ParameterViolation } from "./preparing.js";
+import { hasEnded, type WatchItem } from "./watch.js";
+import { wordOf } from "./words.js";
+
+/** A task, with what can be done with it. A verb that changes the task returns the handle itself. */
+export class TaskHandle {
+  readonly #client: Client;
+  #seen: Task;
+
+  /** What clients do; `client.task(name)` is the way to one. */
+  constructor(client: Client, task: Task) {
+    this.#client = client;
+    this.#seen = task;
+  }
+
+  /** Resource name, `tasks/{task_id}`; never changes. */
+  get name(): string {
+    return this.#seen.name;
+  }
+
+  /** The task as it was last seen; `refresh` looks again, every verb does, and a watch keeps it up to date. */
+  get task(): Task {
+    return this.#seen;
+  }
+
+  /** Where it stands, such as `running`. */
+  get stateName(): string {
+    return wordOf(this.#seen.state, "TASK_STATE");
+  }
+
+  /** Whether no run of it waits, goes on or is paused, and one was there. */
+  get hasEnded(): boolean {
+    return hasEnded(this.#seen);
+  }
+
+  /** Look again. */
+  async refresh(options: CallOptions = {}): Promise<this> {
+    return this.#see(await this.#client.getTask(this.name, options));
+  }
+
+  /** As `Client.startTask`. */
+  async start(options: StartTaskOptions = {}): Promise<this> {
+    return this.#see(await this.#client.startTask(this.name, options));
+  }
+
+  /** As `Client.stopTask`: it asks for the end; `wait` waits for it. */
+  async stop(options: CallOptions & { discard?: boolean | undefined } = {}): Promise<this> {
+    return this.#see(await this.#client.stopTask(this.name, options));
+  }
+
+  /** As `Client.pauseTask`. */
+  async pause(options: CallOptions = {}): Promise<this> {
+    return this.#see(await this.#client.pauseTask(this.name, options));
+  }
+
+  /** As `Client.resumeTask`. */
+  async resume(options: ChangeOptions = {}): Promise<this> {
+    return this.#see(await this.#client.resumeTask(this.name, options));
+  }
+
+  /** As `Client.moveTask`. */
+  async move(position: number, options: CallOptions = {}): Promise<this> {
+    return this.#see(await this.#client.moveTask(this.name, position, options));
+  }
+
+  /** As `Client.updateTask`. */
+  async update(parameters: ParametersInput = {}, options: UpdateTaskOptions = {}): Promise<this> {
+    return this.#see(await this.#client.updateTask(this.name, parameters, options));
+  }
+
+  /** As `Client.deleteTask`. */
+  async delete(options: DeleteTaskOptions = {}): Promise<DeleteTaskResponse> {
+    return this.#client.deleteTask(this.name, options);
+  }
+
+  /**
+   * Wait for the end of the run. One that is paused or was never started is waited for.
+   *
+   * @throws {@link RunFailed} It has failed, unless `throwOnFailure` is false.
+   */
+  async wait(options: StreamOptions & { throwOnFailure?: boolean | undefined } = {}): Promise<this> {
+    return this.#see(await this.#client.wait(this.name, { throwOnFailure: true, ...options }));
+  }
+
+  /** As `Client.watchTask`, to the end of the run unless `untilEnd` is false. */
+  async *watch(options: WatchTaskOptions = {}): AsyncGenerator<WatchItem, void, undefined> {
+    for await (const item of this.#client.watchTask(this.name, { untilEnd: true, ...options })) {
+      if (item.type === "snapshot") this.#see(item.task);
+      if (item.type === "event") this.#seeEvent(item.event);
+      yield item;
+    }
+  }
+
+  /** As `Client.metrics`. */
+  async metrics(options: MetricsOptions = {}): Promise<Metrics> {
+    return this.#client.metrics(this.name, options);
+  }
+
+  /** As `Client.logs`. */
+  logs(options: LogsOptions = {}): AsyncGenerator<LogEntry, void, undefined> {
+    return this.#client.logs(this.name, options);
+  }
+
+  /** As `Client.listEvents`. */
+  events(
+    options: CallOptions & { afterSeq?: number | undefined; run?: number | undefined } = {},
+  ): AsyncGenerator<Event, void, undefined> {
+    return this.#client.listEvents(this.name, options);
+  }
+
+  /** As `Client.listRuns`. */
+  runs(options: CallOptions = {}): AsyncGenerator<Run, void, undefined> {
+    return this.#client.listRuns(this.name, options);
+  }
+
+  /** As `Client.listCheckpoints`. */
+  checkpoints(options: CallOptions & { verify?: boolean | undefined } = {}): AsyncGenerator<Checkpoint, void, undefined> {
+    return this.#client.listCheckpoints(this.name, options);
+  }
+
+  /** As `Client.validate`: of the task as it is, or of an edit of it. */
+  async validate(parameters: ParametersInput = {}, options: CallOptions = {}): Promise<ParameterViolation[]> {
+    return this.#client.validate(undefined, parameters, { ...options, task: this.name });
+  }
+
+  /** As `Client.estimate`: of the task as it is, or of an edit of it. */
+  async estimate(
+    parameters: ParametersInput = {},
+    options: CallOptions & { resume?: string | undefined } = {},
+  ): Promise<EstimateTaskResponse> {
+    return this.#client.estimate(undefined, parameters, { ...options, task: this.name });
+  }
+
+  /** As `Client.probeTask`. */
+  async probe(options: CallOptions = {}): Promise<ProbeReport> {
+    const report = await this.#client.probeTask(this.name, options);
+    await this.refresh(options);
+    return report;
+  }
+
+  /** As `Client.exportConfig`. */
+  async exportConfig(
+    options: CallOptions & { run?: number | undefined; format?: ConfigFormatName | undefined } = {},
+  ): Promise<ExportTaskConfigResponse> {
+    return this.#client.exportConfig(this.name, options);
+  }
+
+  #see(task: Task): this {
+    this.#seen = task;
+    return this;
+  }
+
+  /** Takes what a watch has told. */
+  #seeEvent(event: Event): void {
+    if (event.seq <= this.#seen.lastSeq) return;
+    const seen = { ...this.#seen, lastSeq: event.seq };
+    if (event.run > seen.run) {
+      Object.assign(seen, { run: event.run, progress: undefined, endMessage: "", lastCheckpoint: "" });
+    }
+    switch (event.payload?.$case) {
+      case "stateChange": {
+        const { newState, endReason, message } = event.payload.value;
+        Object.assign(seen, { state: newState, phase: RunPhase.UNSPECIFIED, endReason, endMessage: message });
+        break;
+      }
+      case "phaseChange":
+        seen.phase = event.payload.value.phase;
+        break;
+      case "progress":
+        seen.progress = event.payload.value;
+        break;
+      case "checkpointSaved":
+        seen.lastCheckpoint = event.payload.value.path;
+        break;
+      default:
+        break;
+    }
+    this.#seen = seen;
+  }
+}
