@@ -1,7 +1,7 @@
 # make demo   train a real small model on this machine, and see what it learned
 # make test   everything that the project promises
 # make soak   every fault a hundred times: what is lost, what is wrong, how long an adoption takes; 10,000 hostile requests
-# make bench  how fast training is, and in how much memory, beside its peers
+# make bench  how fast the command line answers, and how fast training is, and in how much memory, beside its peers
 #
 # Both install into .venv first. PYTHON=... chooses the Python (3.11 or newer).
 
@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SHELL := /bin/bash
 
-.PHONY: install demo demo-pretrain test soak bench lint types audit proto clean
+.PHONY: install demo demo-pretrain test soak bench lint types audit proto docs clean
 
 install: .venv/installed
 
@@ -34,8 +34,10 @@ soak: install
 	$(BIN)/python tests/faults/soak.py --rounds $(or $(ROUNDS),100) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only '$(ONLY)') $(ARGS)
 	$(if $(ONLY),,$(BIN)/python tests/hostile/soak.py --examples $(or $(EXAMPLES),10000) $(if $(SEED),--seed $(SEED)))
 
-# Training against its peers, in turns, as ratios; LLAMAFACTORY=/path/to/llamafactory-cli adds that one.
+# The help of the command line beside a Python that does nothing; then training against its peers, in turns, as ratios;
+# LLAMAFACTORY=/path/to/llamafactory-cli adds that one.
 bench: install
+	$(BIN)/python tests/bench/cli.py
 	$(BIN)/python tests/bench/training.py $(ARGS)
 
 lint: install
@@ -52,6 +54,10 @@ audit: install
 
 proto: install
 	$(BIN)/python proto/generate.py
+
+# The pages that are made from code: parameters and API.
+docs: install
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist

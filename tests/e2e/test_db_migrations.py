@@ -1,8 +1,8 @@
 """Databases of every earlier version come up to date, whole, whenever it is cut short.
 
 `tests/data/databases` holds dumps of databases that daemons of those versions made, with what they
-said of them over the API. Schema 3 was never the newest of any version: its dump is that of schema
-2, migrated.
+said of them over the API. Schemas 3, 5 and 6 were never the newest of any version; the dump of
+schema 3 is that of schema 2, migrated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from finetuned.v1 import system_service_pb2, task_service_pb2, template_service_
 DATABASES = REPOSITORY / "tests/data/databases"
 MIGRATIONS = REPOSITORY / "daemon/finetuned_daemon/store/migrations"
 NEWEST = max(int(path.name.split("_")[0]) for path in MIGRATIONS.glob("*.sql"))
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 7)
 
 # Each child is killed before one more statement than the one before it.
 SWEEP = """
