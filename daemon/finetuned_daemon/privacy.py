@@ -40,6 +40,7 @@ def make_private(folder: Path) -> None:
         try:
             folder.mkdir(mode=0o700)
         except FileExistsError:
+            _refuse_planted_link(folder)
             if not folder.is_dir():
                 raise
         else:
@@ -47,13 +48,19 @@ def make_private(folder: Path) -> None:
             sync_dir(folder.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise FolderUnsafe(f"{folder} can't be a folder: there is a file in its place") from error
-    status = folder.lstat()
-    if stat.S_ISLNK(status.st_mode) and status.st_uid != os.getuid():
-        # A link that we own is a user's choice; one of somebody else's is an attack in a shared
-        # folder.
-        raise FolderUnsafe(f"{folder} is a link of another user's; remove it")
+    _refuse_planted_link(folder)
     check_private(folder)
     _check_ancestors(folder)
+
+
+def _refuse_planted_link(folder: Path) -> None:
+    """A link of our own is a user's choice; somebody else's is an attack in a shared folder.
+
+    It is looked at before it is followed, which Linux may refuse without saying why.
+    """
+    status = folder.lstat()
+    if stat.S_ISLNK(status.st_mode) and status.st_uid != os.getuid():
+        raise FolderUnsafe(f"{folder} is a link of another user's; remove it")
 
 
 def check_private(path: Path, *, may_be_roots: bool = False) -> None:

@@ -228,9 +228,13 @@ def event_line(event: Event, tracker: Tracker) -> str:
             best = event.best_checkpoint
             return f"best checkpoint so far: step {best.step} (eval_loss {best.eval_loss:.4g})"
         case "evaluation":
-            return f"evaluation at step {event.evaluation.step}  " + _values(
-                event.evaluation.values
-            )
+            # How fast the losses were had is among the curves.
+            losses = {
+                name: value
+                for name, value in event.evaluation.values.items()
+                if not name.endswith(("_runtime", "_per_second"))
+            }
+            return f"evaluation at step {event.evaluation.step}  {_values(losses)}"
         case "probe_report":
             report = event.probe_report
             return (

@@ -11,9 +11,8 @@ from finetuned._watch import ConnectionLost, LogReplaced, WatchItem
 from finetuned.cli.output import local, phase_word, state_word
 from finetuned.cli.tracker import Tracker
 from finetuned.cli.ui.curves import Curves
-from finetuned.cli.ui.text import figure
 from finetuned.cli.view import event_line
-from finetuned.v1.event_pb2 import Evaluation, Event
+from finetuned.v1.event_pb2 import Event
 from finetuned.v1.task_pb2 import RunPhase, Task, TaskState
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -91,8 +90,6 @@ class Watched:
             case "evaluation":
                 if event.seq > self.curves_seq:
                     self.curves.add(event.evaluation.step, event.evaluation.values)
-                self.events.append(Line(at, "info", _evaluation_line(event.evaluation)))
-                return
             case "task_edited":
                 self.task_changed = True
                 fields = ", ".join(event.task_edited.fields)
@@ -119,16 +116,6 @@ def _result_line(event: Event) -> str:
         return ""
     result = event.result
     return result.message + (f" ({result.output_path})" if result.output_path else "")
-
-
-def _evaluation_line(evaluation: Evaluation) -> str:
-    """The losses; how fast they were had is among the curves."""
-    values = "  ".join(
-        f"{name} {figure(value)}"
-        for name, value in sorted(evaluation.values.items())
-        if not name.endswith(("_runtime", "_per_second"))
-    )
-    return f"evaluation at step {evaluation.step}  {values}"
 
 
 def _level(event: Event) -> str:
