@@ -2,7 +2,7 @@
 
 import { randomUUID } from "node:crypto";
 
-import type { CallOptions, ClientOptions, StreamOptions } from "./caller.js";
+import type { CallOptions, ClientOptions } from "./caller.js";
 import { resumeChoice } from "./checkpoints.js";
 import {
   configFormat,
@@ -12,8 +12,8 @@ import {
   trainingType,
   type TrainingTypeName,
 } from "./enums.js";
-import { NotFound, ProbeFailed, RunFailed } from "./errors.js";
-import type { Event, LogLine, ProbeReport, Result } from "./gen/finetuned/v1/event.js";
+import { DeadlineExceeded, NotFound, ProbeFailed, RunFailed } from "./errors.js";
+import type { Event, ProbeReport, Result } from "./gen/finetuned/v1/event.js";
 import { type Checkpoint, EndReason, type Run, type Task, TaskState } from "./gen/finetuned/v1/task.js";
 import type {
   DeleteCheckpointResponse,
@@ -24,129 +24,28 @@ import { TaskHandle } from "./handle.js";
 import { tasks } from "./methods.js";
 import { addPage, type Metrics } from "./metrics.js";
 import { type TasksItem, TasksPlace } from "./overview.js";
+import type {
+  ChangeOptions,
+  CreateTaskOptions,
+  DeleteTaskOptions,
+  LogEntry,
+  LogsOptions,
+  MetricsOptions,
+  StartTaskOptions,
+  TrainOptions,
+  UpdateTaskOptions,
+  WaitOptions,
+  WatchTaskOptions,
+  WatchTasksOptions,
+} from "./options.js";
 import { maskOf, type ParametersInput, toParameters } from "./parameters.js";
 import { Preparing, READING_MS } from "./preparing.js";
+import { TimeLimit } from "./time_limit.js";
 import { Cursor, hasEnded, type WatchItem } from "./watch.js";
 import { wordOf } from "./words.js";
 
-/** How a task is created. */
-export interface TrainOptions extends CallOptions {
-  /** What a user sees; unique. Absent: made from type and time. */
-  displayName?: string | undefined;
-  /** `cpu`, `cuda:0` ... Absent: the first GPU if there is one, else the CPU. */
-  device?: string | undefined;
-  /** The id within `tasks/{task_id}`. Absent: the daemon chooses. */
-  taskId?: string | undefined;
-  /** Makes repeats of this call by yourself safe. Absent: a new one. */
-  requestId?: string | undefined;
-  /** Any name of a template, for absent parameters. */
-  template?: string | undefined;
-  /** Write the task's parameters into that custom template too. */
-  updateTemplate?: boolean | undefined;
-}
-
-/** How a task is created, and whether it is started. */
-export interface CreateTaskOptions extends TrainOptions {
-  /** Start it as well. */
-  start?: boolean | undefined;
-  /** Check and write nothing. */
-  validateOnly?: boolean | undefined;
-}
-
-/** How a task is changed. */
-export interface UpdateTaskOptions extends CallOptions {
-  /** A new one; absent: as it is. */
-  displayName?: string | undefined;
-  /** A new one; empty: the default. Absent: as it is. */
-  device?: string | undefined;
-  /** Parameters or sections, such as `training.batchSize`, that go back to their defaults; `parameters`: all of them. */
-  reset?: string | readonly string[] | undefined;
-  /** Write the task's parameters into its custom template too. */
-  updateTemplate?: boolean | undefined;
-  /** Check and write nothing. */
-  validateOnly?: boolean | undefined;
-  /** The task's `etag` when it was seen; absent: whatever is there. */
-  etag?: string | undefined;
-}
-
-/** How a task is deleted. */
-export interface DeleteTaskOptions extends CallOptions {
-  /** The task's `etag` when it was seen; absent: whatever is there. */
-  etag?: string | undefined;
-  /** Succeed where there is no such task. */
-  allowMissing?: boolean | undefined;
-  /** Delete what its runs recorded writing into their output folders too. */
-  deleteOutputs?: boolean | undefined;
-}
-
-/** What makes a change of what goes on safe. */
-export interface ChangeOptions extends CallOptions {
-  /** The task's `etag` when it was seen; absent: whatever is there. */
-  etag?: string | undefined;
-  /** Makes repeats of this call by yourself safe. Absent: a new one. */
-  requestId?: string | undefined;
-}
-
-/** How a run is started. */
-export interface StartTaskOptions extends ChangeOptions {
-  /** The checkpoint that this run goes on from: `newest`, `best` or its folder. Absent: as the task's parameters say. */
-  resume?: string | undefined;
-}
-
-/** How a task is watched. */
-export interface WatchTaskOptions extends StreamOptions {
-  /** Last `seq` already seen. Absent: from the first event. */
-  afterSeq?: number | undefined;
-  /** The `logEpoch` of the snapshot in which it was seen; checked if given. */
-  logEpoch?: string | undefined;
-  /**
-   * End when the task's run has ended; else the watch has no end. A pause is no end, and a task that was never started is waited
-   * for.
-   */
-  untilEnd?: boolean | undefined;
-  /** Milliseconds to keep trying while the daemon is away; default: for ever. */
-  reconnectTimeoutMs?: number | undefined;
-}
-
-/** How the list of tasks is watched. */
-export interface WatchTasksOptions extends StreamOptions {
-  /** Only tasks in one of these states, such as `running`. Absent: all. */
-  states?: TaskStateName | readonly TaskStateName[] | undefined;
-  /** Milliseconds to keep trying while the daemon is away; default: for ever. */
-  reconnectTimeoutMs?: number | undefined;
-}
-
-/** Which values of a run are wanted. */
-export interface MetricsOptions extends CallOptions {
-  /** Number of the run. Absent: the newest that trained or trains, probes left out. */
-  run?: number | undefined;
-  /** Names of the values wanted, such as `loss`. Absent: all. */
-  names?: string | readonly string[] | undefined;
-  /** Only steps after this one. */
-  afterStep?: number | undefined;
-  /** Points a curve at most, 2 to 10000: of each stretch its lowest and highest value stay. Absent: every point. */
-  maxPoints?: number | undefined;
-}
-
-/** Which lines of a log are wanted. */
-export interface LogsOptions extends CallOptions {
-  /** The least: `debug`, `info` (default), `warning` or `error`. */
-  level?: "debug" | "info" | "warning" | "error" | undefined;
-  /** Number of the run. Absent: all. */
-  run?: number | undefined;
-  /** Go on until the run has ended. */
-  follow?: boolean | undefined;
-}
-
-/** One line of a run's log. */
-export interface LogEntry extends LogLine {
-  /** When it was written. */
-  readonly time: Date | undefined;
-  /** Number of the run. */
-  readonly run: number;
-  /** Its place in the task's event log. */
-  readonly seq: number;
-}
+// Among which the end of a run is looked for, before all of its events are.
+const LAST_EVENTS = 50;
 
 const LEVELS = ["debug", "info", "warning", "error"];
 
@@ -507,28 +406,29 @@ export class Client extends Preparing {
    * The task when its run has ended: at once if it has, else as long as it takes. One that is paused or was never started is waited
    * for.
    *
+   * @throws {@link DeadlineExceeded} It has not ended within `timeoutMs`; `reason` is `RUN_GOES_ON`.
    * @throws {@link RunFailed} It has failed, and `throwOnFailure` is set.
    */
-  async wait(
-    name: string,
-    options: StreamOptions & {
-      /** Make an end in failure an error; else see `state`, `endReason` and `endMessage`. */
-      throwOnFailure?: boolean | undefined;
-    } = {},
-  ): Promise<Task> {
-    const { signal } = options;
+  async wait(name: string, options: WaitOptions = {}): Promise<Task> {
+    const { signal, timeoutMs } = options;
     let task = await this.getTask(name, { signal });
     if (!hasEnded(task)) {
-      const watch = this.watchTask(task.name, { afterSeq: task.lastSeq, untilEnd: true, signal });
-      for await (const item of watch) void item;
+      const limit = new TimeLimit(timeoutMs, signal);
+      try {
+        const watch = this.watchTask(task.name, { afterSeq: task.lastSeq, untilEnd: true, signal: limit.signal });
+        for await (const item of watch) void item;
+      } catch (error) {
+        if (error !== limit.passed) throw error;
+        const message = `${task.displayName} has not ended within ${timeoutMs} ms; it goes on`;
+        throw new DeadlineExceeded(message, { reason: "RUN_GOES_ON" });
+      } finally {
+        limit.clear();
+      }
       task = await this.getTask(task.name, { signal });
     }
     if (options.throwOnFailure && task.state === TaskState.FAILED) {
-      let result: Result | undefined;
-      for await (const { payload } of this.listEvents(task.name, { run: task.run, signal })) {
-        if (payload?.$case === "result") result = payload.value; // a run that went on after a full disk has more than one
-      }
       const word = wordOf(task.endReason, "END_REASON").replaceAll("_", " ");
+      const result = await this.#resultOf(task, signal);
       throw new RunFailed(`${task.displayName} failed (${word}): ${task.endMessage}`, task, result);
     }
     return task;
@@ -578,6 +478,18 @@ export class Client extends Preparing {
     const format = configFormat(options.format ?? "yaml");
     const request = { name: await this.resolve(name, options), run: options.run ?? 0, format };
     return this.call(tasks.exportTaskConfig, request, options);
+  }
+
+  /** How the latest run ended: looked for among the last events before all are read. */
+  async #resultOf({ name, run, lastSeq }: Task, signal: AbortSignal | undefined): Promise<Result | undefined> {
+    for (const afterSeq of [Math.max(lastSeq - LAST_EVENTS, 0), 0]) {
+      let result: Result | undefined;
+      for await (const { payload } of this.listEvents(name, { afterSeq, run, signal })) {
+        if (payload?.$case === "result") result = payload.value; // a run that went on after a full disk has more than one
+      }
+      if (result !== undefined) return result;
+    }
+    return undefined;
   }
 
   async #start(name: string, options: StartTaskOptions, probe: boolean): Promise<Task> {

@@ -1,23 +1,25 @@
 /** A task to work with: what `client.task(name)` and `client.train(...)` return. */
 
-import type { CallOptions, StreamOptions } from "./caller.js";
+import type { CallOptions } from "./caller.js";
+import type { Client } from "./client.js";
+import type { ConfigFormatName } from "./enums.js";
+import { RunFailed } from "./errors.js";
+import type { Event, ProbeReport } from "./gen/finetuned/v1/event.js";
+import type { EstimateTaskResponse } from "./gen/finetuned/v1/parameter_service.js";
+import { type Checkpoint, type Run, RunPhase, type Task } from "./gen/finetuned/v1/task.js";
+import type { DeleteTaskResponse, ExportTaskConfigResponse } from "./gen/finetuned/v1/task_service.js";
+import type { Metrics } from "./metrics.js";
 import type {
   ChangeOptions,
-  Client,
   DeleteTaskOptions,
   LogEntry,
   LogsOptions,
   MetricsOptions,
   StartTaskOptions,
   UpdateTaskOptions,
+  WaitOptions,
   WatchTaskOptions,
-} from "./client.js";
-import type { ConfigFormatName } from "./enums.js";
-import type { Event, ProbeReport } from "./gen/finetuned/v1/event.js";
-import type { EstimateTaskResponse } from "./gen/finetuned/v1/parameter_service.js";
-import { type Checkpoint, type Run, RunPhase, type Task } from "./gen/finetuned/v1/task.js";
-import type { DeleteTaskResponse, ExportTaskConfigResponse } from "./gen/finetuned/v1/task_service.js";
-import type { Metrics } from "./metrics.js";
+} from "./options.js";
 import type { ParametersInput } from "./parameters.js";
 import type { ParameterViolation } from "./preparing.js";
 import { hasEnded, type WatchItem } from "./watch.js";
@@ -47,6 +49,11 @@ export class TaskHandle {
   /** Where it stands, such as `running`. */
   get stateName(): string {
     return wordOf(this.#seen.state, "TASK_STATE");
+  }
+
+  /** The id alone; never changes. */
+  get id(): string {
+    return this.name.replace(/^tasks\//, "");
   }
 
   /** Whether no run of it waits, goes on or is paused, and one was there. */
@@ -97,10 +104,16 @@ export class TaskHandle {
   /**
    * Wait for the end of the run. One that is paused or was never started is waited for.
    *
+   * @throws {@link DeadlineExceeded} It has not ended within `timeoutMs`; `reason` is `RUN_GOES_ON`.
    * @throws {@link RunFailed} It has failed, unless `throwOnFailure` is false.
    */
-  async wait(options: StreamOptions & { throwOnFailure?: boolean | undefined } = {}): Promise<this> {
-    return this.#see(await this.#client.wait(this.name, { throwOnFailure: true, ...options }));
+  async wait(options: WaitOptions = {}): Promise<this> {
+    try {
+      return this.#see(await this.#client.wait(this.name, { throwOnFailure: true, ...options }));
+    } catch (error) {
+      if (error instanceof RunFailed) this.#see(error.task);
+      throw error;
+    }
   }
 
   /** As `Client.watchTask`, to the end of the run unless `untilEnd` is false. */

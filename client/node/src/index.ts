@@ -18,20 +18,7 @@
  */
 
 export type { CallOptions, ClientOptions, StreamOptions } from "./caller.js";
-export {
-  type ChangeOptions,
-  Client,
-  type CreateTaskOptions,
-  type DeleteTaskOptions,
-  type LogEntry,
-  type LogsOptions,
-  type MetricsOptions,
-  type StartTaskOptions,
-  type TrainOptions,
-  type UpdateTaskOptions,
-  type WatchTaskOptions,
-  type WatchTasksOptions,
-} from "./client.js";
+export { Client } from "./client.js";
 export { templateDocument, type TemplateDocument } from "./documents.js";
 export type { BadLinePolicyName, ConfigFormatName, TaskStateName, TrainingTypeName } from "./enums.js";
 export {
@@ -61,6 +48,20 @@ export {
 export { TaskHandle } from "./handle.js";
 export { type DaemonCommand, startDaemon, type StartOptions } from "./launch.js";
 export type { Metrics, Series } from "./metrics.js";
+export type {
+  ChangeOptions,
+  CreateTaskOptions,
+  DeleteTaskOptions,
+  LogEntry,
+  LogsOptions,
+  MetricsOptions,
+  StartTaskOptions,
+  TrainOptions,
+  UpdateTaskOptions,
+  WaitOptions,
+  WatchTaskOptions,
+  WatchTasksOptions,
+} from "./options.js";
 export type { ConnectionLost } from "./outage.js";
 export type { DevicesItem, TasksItem } from "./overview.js";
 export { flattenParameters, parameterPaths, type ParametersInput, type ParameterValue } from "./parameters.js";

@@ -11,7 +11,7 @@ import { after, before, test } from "node:test";
 import { Client, type ClientOptions, DaemonUnavailable, InvalidArgument, Unauthenticated } from "../src/index.js";
 import { Daemon, PYTHON, REPOSITORY } from "./daemon.js";
 
-const plain = new Daemon("--listen", "127.0.0.1:0");
+const plain = new Daemon("--listen", "127.0.0.1:0", "--training-quota", "1000");
 const pki = fs.mkdtempSync(path.join(os.tmpdir(), "ft-"));
 const secure = new Daemon(...makeCertificates(), "--listen", "127.0.0.1:0");
 let address: string;
@@ -102,6 +102,10 @@ test("the token file is for the address that its daemon has announced, and for n
   } finally {
     delete process.env["FINETUNED_RUNTIME_DIR"];
   }
+});
+
+test("the quota is told", async () => {
+  assert.equal((await plain.client().quota()).limit, 1000);
 });
 
 test("an endpoint shows neither token nor key to whoever logs the client", async () => {

@@ -41,6 +41,7 @@ test("a log of another epoch that was watched is told as replaced, and read from
   const place = cursor();
   place.accept(snapshot(9));
   place.accept(event(1));
+  assert.deepEqual(place.request(), { name: "tasks/x", afterSeq: 1, logEpoch: "a" });
   const replaced = place.lost(new OutOfRange("restored", { reason: "LOG_EPOCH_CHANGED" }));
   assert.deepEqual(replaced, { type: "logReplaced", afterSeq: 1 });
   assert.deepEqual(place.request(), { name: "tasks/x", afterSeq: 0, logEpoch: "" });

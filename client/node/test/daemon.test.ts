@@ -1,8 +1,10 @@
 /** The client against a real daemon. */
 
 import assert from "node:assert/strict";
+import { execFile } from "node:child_process";
 import * as path from "node:path";
 import { after, before, beforeEach, test } from "node:test";
+import { promisify } from "node:util";
 
 import {
   Aborted,
@@ -24,7 +26,7 @@ import {
 } from "../src/index.js";
 import { all, Daemon, eventually, Scene } from "./daemon.js";
 
-const daemon = new Daemon("--training-quota", "1000");
+const daemon = new Daemon();
 let client: Client;
 let scene: Scene;
 let scenes = 0;
@@ -74,6 +76,7 @@ test("train starts a task, and its watch ends with the run, every event once and
   assert.equal(task.task.endReason, EndReason.FINISHED);
   assert.ok(task.task.createTime instanceof Date);
   assert.equal(task.task.lastSeq, seqs.at(-1));
+  assert.equal(task.name, `tasks/${task.id}`);
   assert.deepEqual(task.task.parameters?.data?.trainFile, scene.data);
 });
 
@@ -190,6 +193,21 @@ test("an update changes what is named, resets what is to be reset, and knows a s
   await client.deleteTask(task.name);
 });
 
+test("what was changed meanwhile is neither started nor deleted by whoever saw it before", async () => {
+  const task = await client.createTask("sft", {}, { taskId: "changed-meanwhile" });
+  const stale = { etag: task.etag };
+  await client.updateTask(task.name, { general: { seed: 6 } });
+  await failure(client.startTask(task.name, stale), Aborted);
+  await failure(client.startProbe(task.name, stale), Aborted);
+  await failure(client.deleteTask(task.name, stale), Aborted);
+  await client.deleteTask(task.name, { etag: (await client.getTask(task.name)).etag });
+  const template = await client.createTemplate("Changed meanwhile", "sft");
+  await client.updateTemplate(template.name, { general: { seed: 6 } });
+  await failure(client.updateTemplate(template.name, {}, { displayName: "no", etag: template.etag }), Aborted);
+  await failure(client.deleteTemplate(template.name, { etag: template.etag }), Aborted);
+  await client.deleteTemplate(template.name);
+});
+
 test("what is in the way comes as violations of a FailedPrecondition", async () => {
   const task = await client.createTask("sft", {});
   const error = await failure(client.stopTask(task.name), FailedPrecondition);
@@ -213,12 +231,16 @@ test("pause, resume, queue, move and stop: each verb tells the task as it is the
   await second.stop();
   await third.pause();
   assert.equal(third.task.state, TaskState.PAUSED);
+  const late = await failure(third.wait({ timeoutMs: 1 }), DeadlineExceeded);
+  assert.equal(late.reason, "RUN_GOES_ON");
+  assert.match(late.message, /has not ended within 1 ms; it goes on$/);
   await third.stop({ discard: true });
   await task.pause();
   await eventually(async () => (await task.refresh()).stateName === "paused", "it is paused");
+  await failure(task.resume({ etag: "stale" }), Aborted);
   await task.resume();
   await task.stop();
-  assert.equal((await task.wait()).task.endReason, EndReason.STOPPED_BY_USER);
+  assert.equal((await task.wait({ timeoutMs: Infinity })).task.endReason, EndReason.STOPPED_BY_USER);
   assert.ok(task.hasEnded);
 });
 
@@ -228,6 +250,7 @@ test("a run that fails is a RunFailed with its reason, for whoever waits", async
   const error = await failure(task.wait(), RunFailed);
   assert.equal(error.reason, "LOSS_NOT_FINITE");
   assert.equal(error.task.state, TaskState.FAILED);
+  assert.equal(task.stateName, "failed");
   assert.equal(error.result?.endReason, EndReason.LOSS_NOT_FINITE);
   assert.equal((await client.wait(task.name)).state, TaskState.FAILED);
 });
@@ -315,12 +338,11 @@ test("a data file is read to its report", async () => {
   await failure(all(client.inspectDataset(path.join(scene.root, "absent.jsonl"))), InvalidArgument);
 });
 
-test("the daemon tells of itself, its devices, its environment and the quota", async () => {
+test("the daemon tells of itself, its devices and its environment", async () => {
   const info = await client.systemInfo();
   assert.equal(info.pid, daemon.pid);
   assert.ok(info.startTime instanceof Date);
   assert.equal((await client.listDevices()).at(-1)?.id, "cpu");
-  assert.equal((await client.quota()).limit, 1000);
   assert.notEqual((await client.checkEnvironment()).status, CheckStatus.UNSPECIFIED);
   assert.equal(await client.isServing(), true);
 });
@@ -353,6 +375,21 @@ test("devices come again and again, until the loop is left", async () => {
     if (count === 2) break;
   }
   await failure(all(client.watchDevices({ intervalMs: 1 })), InvalidArgument);
+});
+
+test("the example trains, shows the loss, and ends with the run", async () => {
+  const { data } = scene.play({ steps: 2 });
+  const environment = { ...process.env, FINETUNED_RUNTIME_DIR: daemon.runtimeDir, FINETUNED_STATE_DIR: daemon.stateDir };
+  const example = path.join(__dirname, "../examples/train.js");
+  const run = promisify(execFile)(process.execPath, [example, data.trainFile, data.modelPath, data.outputDir], { env: environment });
+  const { stdout } = await run;
+  assert.match(stdout, /goes on whatever becomes of this program\n1\/2 loss 1\.0000\n2\/2 loss 0\.5000\ncompleted: /);
+  const wrong = promisify(execFile)(process.execPath, [example, "/no/such/file", data.modelPath, data.outputDir], { env: environment });
+  await assert.rejects(wrong, (error: { code: number; stderr: string }) => {
+    assert.equal(error.code, 2);
+    assert.match(error.stderr, /^data\.train_file {2}\S/m);
+    return true;
+  });
 });
 
 /** Streams that the daemon has open. */

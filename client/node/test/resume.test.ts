@@ -1,9 +1,11 @@
 /** What a client does while the daemon is away, and when it is back. */
 
 import assert from "node:assert/strict";
+import * as net from "node:net";
 import { after, before, test } from "node:test";
 
 import { type Client, DaemonUnavailable, type WatchItem } from "../src/index.js";
+import { tasks } from "../src/methods.js";
 import { silence } from "../src/stream.js";
 import { all, Daemon, eventually, Scene } from "./daemon.js";
 
@@ -53,7 +55,32 @@ test("after kill -9 of the daemon in mid-run the iterator goes on, without gap o
   assert.equal(task.stateName, "completed");
 });
 
-test("a call that is safe to repeat waits for a daemon that restarts, with the same request id", async () => {
+test("a creation whose answer was lost is repeated with the same request id, so that there is one", async () => {
+  const displayName = "its answer is lost";
+  let lost = 0;
+  const relay = net.createServer((socket) => {
+    const onward = net.connect(daemon.address.replace(/^unix:/, ""));
+    for (const one of [socket, onward]) one.on("error", () => undefined).on("close", () => (socket.destroy(), onward.destroy()));
+    socket.pipe(onward);
+    onward.on("data", (data) => {
+      if (lost === 0 && data.includes(displayName)) {
+        lost += 1;
+        socket.destroy();
+      } else socket.write(data);
+    });
+  });
+  const place = `${daemon.root}/relay.sock`;
+  await new Promise<void>((resolve) => relay.listen(place, resolve));
+  const other = daemon.client({ address: `unix:${place}` });
+  const task = await other.createTask("sft", {}, { displayName });
+  assert.equal(lost, 1);
+  const made = (await all(client.listTasks())).filter((one) => one.displayName === displayName);
+  assert.deepEqual(made.map((one) => one.name), [task.name]);
+  other.close();
+  relay.close();
+});
+
+test("a call that is safe to repeat waits for a daemon that restarts", async () => {
   await daemon.kill();
   const created = client.createTask("sft", {}, { displayName: "while it was away" });
   await daemon.start();
@@ -116,15 +143,25 @@ test("a stream on which nothing comes any more is taken for dead, and the watch 
   }
 });
 
-test("a slow reader misses nothing, and what it has not read is not in memory", async () => {
+test("a slow reader misses nothing, and what it has not read is not there yet", async () => {
   const task = await client.train("sft", scene.play({ steps: 300 }), { device: "cpu" });
   await task.wait();
-  const seqs: number[] = [];
-  for await (const item of task.watch()) {
-    if (item.type !== "event") continue;
-    seqs.push(item.event.seq);
-    if (seqs.length % 50 === 0) await new Promise((resolve) => setTimeout(resolve, 5));
+  const { decode } = tasks.watchTask;
+  let decoded = 0;
+  const slow = client.watchTask(task.name, { untilEnd: true });
+  tasks.watchTask.decode = (bytes) => {
+    decoded += 1;
+    return decode(bytes);
+  };
+  try {
+    assert.equal((await slow.next()).value?.type, "snapshot");
+  } finally {
+    tasks.watchTask.decode = decode;
   }
+  const quick = await all(client.watchTask(task.name, { untilEnd: true }));
+  assert.ok(quick.length > 300);
+  assert.ok(decoded < 50, `${decoded} messages were taken in for a reader of one`);
+  const seqs = (await all(slow)).flatMap((item) => (item.type === "event" ? [item.event.seq] : []));
   assert.deepEqual(seqs, [...seqs.keys()].map((place) => place + 1));
   assert.equal(seqs.at(-1), task.task.lastSeq);
 });

@@ -2,15 +2,17 @@
 
 import * as path from "node:path";
 
-import { Client, FinetunedError, type ParametersInput } from "@finetuned/client";
+import { Client, type ErrorObject, FinetunedError, type ParametersInput } from "@finetuned/client";
 import { app, BrowserWindow, ipcMain, type WebContents } from "electron";
+
+import type { Told } from "./preload.js";
 
 // A desktop gives its programs a short path, on which no `finetuned` may lie: name the one that you ship or have found.
 const program = process.env["MY_FINETUNED"];
 const client = new Client({ startDaemon: program ? [program] : true });
 
 /** IPC keeps nothing but the message of an `Error`: so an error is an answer too, with its violations. */
-async function answer<T>(made: Promise<T>): Promise<{ value: T } | { error: unknown }> {
+async function answer<T>(made: Promise<T>): Promise<{ value: T } | { error: ErrorObject }> {
   try {
     return { value: await made };
   } catch (error) {
@@ -21,13 +23,15 @@ async function answer<T>(made: Promise<T>): Promise<{ value: T } | { error: unkn
 
 /** Sends a window all that happens to a task, until the window asks for no more or is gone. */
 async function watch(window: WebContents, id: string, task: string, signal: AbortSignal): Promise<void> {
+  const tell = (item: Told) => {
+    if (!window.isDestroyed()) window.send(id, item);
+  };
   try {
     for await (const item of client.watchTask(task, { signal })) {
-      if (window.isDestroyed()) return;
-      window.send(id, item.type === "connectionLost" ? { ...item, error: item.error.toJSON() } : item);
+      tell(item.type === "connectionLost" ? { ...item, error: item.error.toJSON() } : item);
     }
   } catch (error) {
-    if (error instanceof FinetunedError && !window.isDestroyed()) window.send(id, { type: "failed", error: error.toJSON() });
+    if (error instanceof FinetunedError) tell({ type: "failed", error: error.toJSON() });
   }
 }
 
