@@ -825,7 +825,7 @@ class EstimateTaskResponse(_message.Message):
     """Checkpoints that the quota has left; absent: no quota."""
     disk_bytes: _builtins.int
     """Bytes that the run will leave in the output folder: kept checkpoints, the final model, the merged model. Measured: within
-    3 % of the real bytes (README, Estimates).
+    3 % of the real bytes (docs/before-the-start.md, Estimates).
     """
     checkpoint_bytes: _builtins.int
     """Bytes of one checkpoint."""
@@ -838,7 +838,7 @@ class EstimateTaskResponse(_message.Message):
     peak_memory_bytes: _builtins.int
     """Peak memory of the runner where the longest samples are in one optimizer step: of the GPU where it runs on one, else resident
     memory of its process, without those that make tokens beside it. Measured on the CPU: within 15 % where that step comes, up to
-    20 % more than needed where it does not (README, Estimates).
+    20 % more than needed where it does not (docs/before-the-start.md, Estimates).
     """
     memory_total_bytes: _builtins.int
     """Memory of the device, in all."""
