@@ -86,7 +86,7 @@ class Explainer:
             # Files and drivers are looked at that may be what broke: the end is recorded all the
             # same, or the device would never be free again.
             _log.exception("the end of run %d of %s can't be explained", run.number, task.name)
-            return Explanation(advice=advice_of(outcome.end_reason))
+            return Explanation(advice=advice_of(outcome.end_reason, field=outcome.field))
 
     def _explain(
         self,
@@ -116,7 +116,7 @@ class Explainer:
             return Explanation(evidence, retry=retry, notice=notice(run, retry))
         fix = fix_of(failure)
         if fix is None:
-            advice = advice_of(outcome.end_reason, in_fp16=failure.in_fp16)
+            advice = advice_of(outcome.end_reason, field=outcome.field, in_fp16=failure.in_fp16)
             return Explanation(evidence, advice=advice)
         values = with_resume(fix, run, task.training_type)
         return Explanation(evidence, {**_of_retries(run), **values}, fix.why)

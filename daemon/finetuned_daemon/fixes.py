@@ -100,16 +100,17 @@ def fix_of(failure: Failure) -> Fix | None:
     return None
 
 
-def advice_of(reason: EndReason, *, in_fp16: bool = False) -> Text:
+def advice_of(reason: EndReason, *, field: str = "", in_fp16: bool = False) -> Text:
     """What to do by hand about a failure without a fix.
 
     Args:
         reason: Why it failed.
+        field: The parameter that is to blame, where the run named one.
         in_fp16: Whether it computed in fp16.
     """
     if reason is EndReason.LOSS_NOT_FINITE and in_fp16:
         return _NOT_FINITE_IN_FP16
-    return _BY_HAND[reason]
+    return _BY_HAND_OF_FIELD.get(field, _BY_HAND[reason])
 
 
 def patched(parameters: Parameters, values: Mapping[str, FixValue]) -> Parameters | None:
@@ -382,6 +383,16 @@ _NOT_FINITE_IN_FP16 = Text(
     "问题出在模型或数据，而不是训练步长：请检查这些样本，并尝试关闭 optimization.fp16（其最大"
     "可表示的数为 65504）。",
 )
+
+_BY_HAND_OF_FIELD: dict[str, Text] = {
+    "data.tokenizer_path": Text(
+        "Set data.tokenizer_path to a tokenizer with another chat template; the data may stay as "
+        "it is. finetunectl dataset inspect with --tokenizer shows what would be learned.",
+        "请将 data.tokenizer_path 设为使用其他对话模板的分词器；数据无需修改。"
+        "finetunectl dataset inspect 加上 --tokenizer 可查看会学习哪些内容。",
+    ),
+}
+"""Where the run named the parameter that is to blame, whatever the reason."""
 
 _BY_HAND: dict[EndReason, Text] = {
     EndReason.DEVICE_OUT_OF_MEMORY: Text(

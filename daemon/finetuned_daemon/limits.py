@@ -87,7 +87,7 @@ LIMITS: tuple[Limit, ...] = (
         default=2_000_000,
         unit="points",
         bounds="points of curves that stay in memory for a minute after GetMetrics, about 20 bytes "
-        "each; those of the run asked for last always do",
+        "each, of 250 runs at most; those of the run asked for last always do",
         beyond="those asked for longest ago are read from the log again",
     ),
     Limit(
@@ -109,7 +109,8 @@ LIMITS: tuple[Limit, ...] = (
         name="open_streams",
         default=1000,
         unit="streams",
-        bounds="watches and other streams, of all clients",
+        bounds="watches and other streams, of all clients; TCP leaves a tenth of them, rounded "
+        "up, to the unix socket",
         option=True,
         error="{limit} streams are open; close some, or start the daemon with a higher "
         "--most-open-streams",
@@ -317,10 +318,27 @@ class Limits:
         if most and used + more > most:
             raise self.reached(name)
 
+    def check_tcp_streams(self, used: int) -> None:
+        """Holds the bound on open streams for one more over TCP: some are the unix socket's.
+
+        Whoever has but the read-only token can't shut out the owner of the machine.
+
+        Raises:
+            LimitReached: All of TCP's are in use.
+        """
+        most = self._values["open_streams"]
+        # Of one alone nothing can be kept.
+        left = max(1, most - -(-most // 10))
+        if most and used >= left:
+            raise self.reached_at("open_streams", left)
+
     def reached(self, name: str) -> LimitReached:
         """The error of a bound."""
+        return self.reached_at(name, self._values[name])
+
+    def reached_at(self, name: str, most: int) -> LimitReached:
+        """The error of a bound where a caller has only so much of it."""
         limit = BY_NAME[name]
-        most = self._values[name]
         return LimitReached(limit.reason, most, limit.error.format(limit=most))
 
 

@@ -213,8 +213,14 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     return parser, command
 
 
-def parse_serve(options: Sequence[str]) -> tuple[Config, dict[str, object]]:
+def parse_serve(
+    options: Sequence[str], *, owner: int | None = None
+) -> tuple[Config, dict[str, object]]:
     """What options of `serve` mean, for whoever starts it later; wrong ones end the program.
+
+    Args:
+        options: After `serve`.
+        owner: Whom it will run as; None: this user.
 
     Returns:
         The settings, and the options by name whose values are not the defaults.
@@ -223,10 +229,15 @@ def parse_serve(options: Sequence[str]) -> tuple[Config, dict[str, object]]:
     given = parser.parse_args(["serve", *options])
     default = vars(parser.parse_args(["serve"]))
     changed = {name: value for name, value in vars(given).items() if value != default[name]}
-    return _config(serve_parser, given, 0o022), changed
+    return _config(serve_parser, given, 0o022, owner), changed
 
 
-def _config(parser: argparse.ArgumentParser, arguments: argparse.Namespace, umask: int) -> Config:
+def _config(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    umask: int,
+    owner: int | None = None,
+) -> Config:
     default = Config(paths=paths())
     if (arguments.tls_cert is None) is not (arguments.tls_key is None):
         parser.error("--tls-cert and --tls-key go together")
@@ -265,7 +276,7 @@ def _config(parser: argparse.ArgumentParser, arguments: argparse.Namespace, umas
         backup_hours=arguments.backup_hours,
         backup_keep=arguments.backup_keep,
         may_be_new=arguments.new_database,
-        notify=notify_settings(parser, arguments),
+        notify=notify_settings(parser, arguments, owner=owner),
         prometheus=prometheus,
         disk_wait_seconds=arguments.disk_wait_seconds,
         disk_look_seconds=arguments.disk_look_seconds,

@@ -16,7 +16,6 @@ from finetuned_daemon.errors import DaemonError, InvalidRequest, LimitReached, S
 from finetuned_daemon.measurements import device_key, model_key
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.planning.model_files import (
-    ModelFiles,
     ModelUnreadable,
     base_folder,
     read_model,
@@ -87,8 +86,9 @@ class Planner:
             model = await asyncio.to_thread(
                 read_model, base_folder(Path(parameters.data.model_path or ""))
             )
+            length = model.fitting_length(parameters.training.max_seq_length)
             measured, probe = await asyncio.gather(
-                self._worker.measure(_request(parameters, training_type, model)),
+                self._worker.measure(_request(parameters, training_type, length)),
                 self._environment.probe(),
             )
             _check_samples(parameters, measured)
@@ -126,12 +126,23 @@ class Planner:
         data = judgement.resolved.data
         if not (data.train_file and data.model_path):
             return judgement.violations
+        refused = await self.refused(judgement.resolved, training_type)
+        if refused:  # there is nothing to plan
+            return by_severity([*judgement.violations, *refused])
         if self._quota.limit is None or training_type is not TrainingType.SFT:
             return judgement.violations
         # Asked at every keystroke: chats are counted without the tokenizer, a start counts again.
         samples = await self._chats(judgement.resolved)
         planned = max(1, _schedule(judgement.resolved, training_type, samples).checkpoints)
         return by_severity([*judgement.violations, *self.beyond_quota(judgement.resolved, planned)])
+
+    async def refused(self, parameters: Parameters, training_type: TrainingType) -> list[Violation]:
+        """What an earlier look at the same data found with the same tokenizer, without a new one.
+
+        A start does not wait for one: the run makes the tokens while its model loads.
+        """
+        length = parameters.training.max_seq_length
+        return await self._worker.refused(_request(parameters, training_type, length))
 
     async def check_quota(
         self, parameters: Parameters, training_type: TrainingType
@@ -163,7 +174,8 @@ class Planner:
             model = await asyncio.to_thread(
                 read_model, base_folder(Path(parameters.data.model_path or ""))
             )
-            measured = await self._worker.measure(_request(parameters, training_type, model))
+            length = model.fitting_length(parameters.training.max_seq_length)
+            measured = await self._worker.measure(_request(parameters, training_type, length))
         except LimitReached:
             raise
         except (DaemonError, ModelUnreadable):
@@ -201,7 +213,7 @@ class Planner:
 
 
 def _request(
-    parameters: Parameters, training_type: TrainingType, model: ModelFiles
+    parameters: Parameters, training_type: TrainingType, max_seq_length: int
 ) -> MeasureRequest:
     data, training = parameters.data, parameters.training
     return MeasureRequest(
@@ -209,7 +221,7 @@ def _request(
         train_file=data.train_file or "",
         eval_file=data.eval_file if training.eval_strategy != "no" else None,
         tokenizer_path=data.tokenizer_path or data.model_path or "",
-        max_seq_length=model.fitting_length(training.max_seq_length),
+        max_seq_length=max_seq_length,
         max_samples=data.max_samples,
     )
 

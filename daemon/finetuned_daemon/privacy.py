@@ -63,12 +63,13 @@ def _refuse_planted_link(folder: Path) -> None:
         raise FolderUnsafe(f"{folder} is a link of another user's; remove it")
 
 
-def check_private(path: Path, *, may_be_roots: bool = False) -> None:
+def check_private(path: Path, *, may_be_roots: bool = False, owner: int | None = None) -> None:
     """Checks that a file or folder is this user's alone; one that is not there is.
 
     Args:
         path: The file or folder; links are followed.
         may_be_roots: The system's administrator may own it.
+        owner: Whose it must be; None: this user's.
 
     Raises:
         FolderUnsafe: Others can get at it.
@@ -77,7 +78,8 @@ def check_private(path: Path, *, may_be_roots: bool = False) -> None:
         status = path.stat()
     except FileNotFoundError:
         return
-    if status.st_uid != os.getuid() and not (may_be_roots and status.st_uid == 0):
+    owner = os.getuid() if owner is None else owner
+    if status.st_uid != owner and not (may_be_roots and status.st_uid == 0):
         raise FolderUnsafe(f"{path} belongs to another user; move it away or choose another place")
     is_folder = stat.S_ISDIR(status.st_mode)
     if is_folder and _default_is_open(path):

@@ -176,9 +176,7 @@ def check_mask(paths: Iterable[str], known: Iterable[str]) -> list[Violation]:
     paths = list(paths)
     most = BY_NAME["mask_paths"].default
     if len(paths) > most:
-        text = Text(
-            f"has {len(paths)} paths; it may have {most}", f"有 {len(paths)} 个路径；最多 {most} 个"
-        )
+        text = Text(f"has more than {most} paths", f"超过 {most} 个路径")
         return [Violation("update_mask", text, "TOO_MANY_PATHS")]
     for path in paths:
         if path not in allowed:

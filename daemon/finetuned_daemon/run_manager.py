@@ -237,11 +237,14 @@ class RunManager:
         *,
         is_probe: bool = False,
     ) -> int:
-        """Checks environment and quota; returns the checkpoints that the run is planned to save.
+        """Checks environment, data and quota; returns how many checkpoints the run is to save.
 
         A probe saves none.
         """
         await self._check_can_run(parameters, training_type, device)
+        refused = await self._planner.refused(parameters, training_type)
+        if refused:
+            raise InvalidRequest(refused)
         if is_probe:
             return 0
         planned, violations = await self._planner.check_quota(parameters, training_type)

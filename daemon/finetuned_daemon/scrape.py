@@ -1,4 +1,4 @@
-"""The least of HTTP that a scraper needs: GET of one path, on loopback, for a few at once."""
+"""The least of HTTP that a scraper needs: GET of one path, on loopback, for some at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetuned_daemon.listen import BadAddress, Listen
 
 PATH = "/metrics"
 
-_MOST_CONNECTIONS = 8
+_MOST_CONNECTIONS = 32
 _MOST_HEAD_BYTES = 8192
 _PATIENCE_SECONDS = 10.0
 """How long a request may take to come, and an answer to be taken."""
@@ -38,6 +38,8 @@ class ScrapeServer:
         self._render = render
         self._server: asyncio.Server | None = None
         self._open = set[asyncio.Task[None]]()
+        # Those that wait for their client, to ask or to take its answer, oldest first.
+        self._waiting = dict[asyncio.Task[None], asyncio.StreamWriter]()
 
     async def bind(self, listen: Listen) -> str:
         """Takes the address, and lets nobody in yet; returns it, with the port that it has.
@@ -74,14 +76,24 @@ class ScrapeServer:
 
     def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= _MOST_CONNECTIONS:
-            writer.transport.abort()
-            return
+            if not self._waiting:  # all of them are about to be answered
+                writer.transport.abort()
+                return
+            self._turn_out(next(iter(self._waiting)))
         task = asyncio.get_running_loop().create_task(self._answer(reader, writer))
         self._open.add(task)
+        self._waiting[task] = writer
         task.add_done_callback(self._went)
+
+    def _turn_out(self, task: asyncio.Task[None]) -> None:
+        """Ends a connection that keeps us waiting, so that another has its place."""
+        self._waiting.pop(task).transport.abort()
+        self._open.discard(task)
+        task.cancel()
 
     def _went(self, task: asyncio.Task[None]) -> None:
         self._open.discard(task)
+        self._waiting.pop(task, None)
         error = None if task.cancelled() else task.exception()
         if error is not None:  # a fault of ours, which ends nothing but this answer
             _log.error("metrics can't be told", exc_info=error)
@@ -89,12 +101,16 @@ class ScrapeServer:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # It comes too slowly or torn, takes no answer, or is gone: nobody is left to be told.
         gone = (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError)
+        task = asyncio.current_task()
+        assert task is not None
         try:
             with contextlib.suppress(*gone):
                 async with asyncio.timeout(_PATIENCE_SECONDS):
                     head = await reader.readuntil(b"\r\n\r\n")
+                self._waiting.pop(task, None)
                 status, body = await self._respond(head)
-                writer.write(_response(status, body))
+                self._waiting[task] = writer
+                writer.write(_response(status, body, with_body=not head.startswith(b"HEAD ")))
                 writer.close()
                 async with asyncio.timeout(_PATIENCE_SECONDS):
                     await writer.wait_closed()
@@ -113,7 +129,7 @@ class ScrapeServer:
             return _problem(HTTPStatus.FORBIDDEN, "no web page may read this, and no other name")
         if path != PATH:
             return _problem(HTTPStatus.NOT_FOUND, f"there is {PATH} alone")
-        if method != "GET":
+        if method not in ("GET", "HEAD"):
             return _problem(HTTPStatus.METHOD_NOT_ALLOWED, "GET it")
         return HTTPStatus.OK, await self._render(headers.get("accept", ""))
 
@@ -138,7 +154,7 @@ def _problem(status: HTTPStatus, text: str) -> tuple[HTTPStatus, Body]:
     return status, Body("text/plain; charset=utf-8", f"{text}\n".encode())
 
 
-def _response(status: HTTPStatus, body: Body) -> bytes:
+def _response(status: HTTPStatus, body: Body, *, with_body: bool) -> bytes:
     fields = [
         f"HTTP/1.1 {status.value} {status.phrase}",
         f"Content-Type: {body.content_type}",
@@ -148,5 +164,5 @@ def _response(status: HTTPStatus, body: Body) -> bytes:
         "Connection: close",
     ]
     if status is HTTPStatus.METHOD_NOT_ALLOWED:
-        fields.append("Allow: GET")
-    return "\r\n".join([*fields, "", ""]).encode() + body.data
+        fields.append("Allow: GET, HEAD")
+    return "\r\n".join([*fields, "", ""]).encode() + (body.data if with_body else b"")

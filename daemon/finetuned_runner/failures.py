@@ -48,6 +48,7 @@ class RunFailed(Exception):
             step, all of them.
         file: The data file that they are lines of; empty: the training file.
         excerpt: What such a sample looks like, where that tells more than its line does.
+        field: The parameter that is to blame, by path, where the reason alone does not say it.
         fix: Parameters that would mend it, by path such as `lora.lora_target_modules`, where the
             run alone can know them. The daemon checks them, and knows the fixes for the rest.
     """
@@ -60,6 +61,7 @@ class RunFailed(Exception):
         samples: Sequence[int] = (),
         file: str = "",
         excerpt: str = "",
+        field: str = "",
         fix: Mapping[str, FixValue] | None = None,
     ):
         super().__init__(message)
@@ -68,6 +70,7 @@ class RunFailed(Exception):
         self.samples = tuple(samples)
         self.file = file
         self.excerpt = excerpt
+        self.field = field
         self.fix = dict(fix or {})
 
 
@@ -76,21 +79,32 @@ def judge(error: BaseException, parameters: Parameters, step: int) -> Result:
     chain = list(_chain(error))
     known = next((cause for cause in chain if isinstance(cause, RunFailed)), None)
     reason, message = _reason(error, chain, known)
-    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
     result = Result(
         end_reason=reason,
         message=printable(message),
         step=step,
-        detail=printable("\n".join(lines[-_DETAIL_LINES:])),
+        detail="" if _says_it_all(chain, reason) else printable(_traceback(error)),
     )
     if known is None or known.reason is not reason:
         return result
-    update: dict[str, object] = {"fix": known.fix}
+    update: dict[str, object] = {"fix": known.fix, "field": known.field}
     if known.samples:
         file = known.file or parameters.data.train_file or ""
         excerpt = known.excerpt or _line(file, known.samples[0])
         update |= {"samples": known.samples, "sample_file": file, "excerpt": excerpt}
     return result.model_copy(update=update)
+
+
+def _says_it_all(chain: Sequence[BaseException], reason: EndReason) -> bool:
+    """Whether the sentence was ours, and nothing broke beneath: where in the code tells nobody."""
+    # A crash asks to be looked into, and its advice is to read the traceback.
+    is_crash = reason is EndReason.RUNNER_CRASHED
+    return not is_crash and all(isinstance(cause, RunFailed) for cause in chain)
+
+
+def _traceback(error: BaseException) -> str:
+    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+    return "\n".join(lines[-_DETAIL_LINES:])
 
 
 def _reason(

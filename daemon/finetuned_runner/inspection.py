@@ -160,13 +160,14 @@ def inspect(request: InspectRequest, send: Send) -> Report:
     reading.tell(0)
     census = _Census()
     tokenizer_problem: Text | None = None
+    is_uncertain = False
     figures = None
     is_sft = request.training_type is TrainingType.SFT
     chats = census.chats(reading.chats())
     documents = census.documents(reading.documents())
     if request.tokenizer_path:
         from finetuned_runner import token_figures
-        from finetuned_runner.encoding import TokenizerUnusable, open_tokenizer
+        from finetuned_runner.encoding import TokenizerUnusable, UncertainMask, open_tokenizer
 
         try:
             figures = token_figures.Figures(
@@ -180,6 +181,7 @@ def inspect(request: InspectRequest, send: Send) -> Report:
                 figures.count_documents(documents, reading)
         except TokenizerUnusable as error:
             tokenizer_problem, figures = error.message, None
+            is_uncertain = isinstance(error, UncertainMask)
     # What a tokenizer's problem has left.
     for _ in chats if is_sft else documents:
         pass
@@ -210,6 +212,7 @@ def inspect(request: InspectRequest, send: Send) -> Report:
         roles=tuple(RoleCount(role=role, turns=n) for role, n in census.roles.most_common()),
         turns=census.turns,
         tokenizer_problem=tokenizer_problem or NOTHING,
+        is_uncertain=is_uncertain,
     )
     if figures is not None:
         report = report.model_copy(update=figures.fields())
@@ -239,7 +242,7 @@ def measure(request: MeasureRequest) -> Measured:
             read them.
     """
     from finetuned_runner import token_figures
-    from finetuned_runner.encoding import TokenizerUnusable, open_tokenizer
+    from finetuned_runner.encoding import TokenizerUnusable, UncertainMask, open_tokenizer
 
     files = [("data.train_file", request.train_file, request.max_samples)]
     if request.eval_file is not None:
@@ -263,9 +266,13 @@ def measure(request: MeasureRequest) -> Measured:
             measured.append(figures)
             exact = exact and all_read
     except TokenizerUnusable as error:
-        raise _DataUnusable(
-            Failure(field="data.tokenizer_path", reason="TOKENIZER_UNUSABLE", message=error.message)
-        ) from error
+        failure = Failure(
+            field="data.tokenizer_path",
+            reason="TOKENIZER_UNUSABLE",
+            message=error.message,
+            is_uncertain=isinstance(error, UncertainMask),
+        )
+        raise _DataUnusable(failure) from error
     return Measured(
         exact=exact, train=measured[0], evaluation=measured[1] if len(measured) > 1 else None
     )

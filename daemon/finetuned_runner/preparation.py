@@ -169,7 +169,13 @@ class Preparation:
     def _cannot(self, answer: CannotEncode) -> RunFailed:
         reason = EndReason.DATASET_INVALID if answer.is_data else EndReason.MODEL_UNLOADABLE
         lines = [answer.line] if answer.line else []
-        return RunFailed(reason, f"{answer.message.en}.", samples=lines, file=str(self._file))
+        return RunFailed(
+            reason,
+            f"{answer.message.en}.",
+            samples=lines,
+            file=str(self._file),
+            field="data.tokenizer_path" if answer.is_data else "",
+        )
 
     # --- what kinds of data differ in
 

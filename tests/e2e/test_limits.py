@@ -30,6 +30,7 @@ from finetuned_daemon.events.log import EventLog
 from finetuned_daemon.limits import BY_NAME, LIMITS, render
 from finetuned_daemon.services.calls import ALWAYS, HEAVY
 from finetuned_daemon.store.database import Database
+from reach import bearer, finetuned, tcp_address
 
 
 @pytest.fixture
@@ -110,6 +111,15 @@ def test_a_message_that_is_too_large_has_a_reason(daemon: Daemon) -> None:
     assert "4,194,304 bytes" in sentence
 
 
+def test_a_path_as_long_as_a_message_is_refused_at_once(daemon: Daemon, scene: Scene) -> None:
+    """To look for its parents would keep everybody waiting for minutes."""
+    parameters = scene.parameters()
+    parameters.data.output_dir = "/a" * 2_000_000
+    code, _, sentence = refusal(lambda: daemon.create(parameters, start=True))
+    assert code == "INVALID_ARGUMENT"
+    assert "data.output_dir: has 4,000,000 characters" in sentence
+
+
 def test_the_client_has_the_reason_however_large_a_message_is(daemon: Daemon) -> None:
     """Far beyond the bound gRPC itself answers, which knows no reasons."""
     with Client(daemon.address) as client, pytest.raises(ResourceExhausted) as caught:
@@ -139,6 +149,33 @@ def test_streams_are_bounded_and_calls_go_on(bounded: Callable[..., Daemon], sce
     eventually(lambda: limits(daemon)["open_streams"].used == 2, "a place is free again")
     with daemon.watch(task.name) as watch:
         assert watch.snapshot.name == task.name
+
+
+def test_streams_over_tcp_leave_some_to_the_unix_socket(
+    bounded: Callable[..., Daemon], scene: Scene
+) -> None:
+    """Whoever has but the read-only token can't shut the owner out."""
+    daemon = bounded("--most-open-streams", "5", "--listen", "127.0.0.1:0")
+    assert finetuned(daemon, "token", "rotate", "--read-only").returncode == 0
+    token = bearer(daemon.paths.read_only_token)
+    request = task_service_pb2.WatchTasksRequest()
+    with grpc.insecure_channel(tcp_address(daemon)) as channel:
+        tasks = task_service_pb2_grpc.TaskServiceStub(channel)
+        streams = [tasks.WatchTasks(request, metadata=token) for _ in range(4)]
+        for stream in streams:
+            next(stream)
+        code, info, sentence = refusal(lambda: next(tasks.WatchTasks(request, metadata=token)))
+        assert (code, info.reason) == ("RESOURCE_EXHAUSTED", "LIMIT_OPEN_STREAMS")
+        assert info.metadata["limit"] == "4"
+        assert sentence.startswith("4 streams are open")
+        task = daemon.create(scene.parameters())
+        with daemon.watch(task.name) as watch:
+            assert watch.snapshot.name == task.name
+            code, info, _ = refusal(lambda: daemon.watch(task.name))
+            assert (info.reason, info.metadata["limit"]) == ("LIMIT_OPEN_STREAMS", "5")
+        streams.pop().cancel()
+        eventually(lambda: limits(daemon)["open_streams"].used == 3, "places are free again")
+        next(tasks.WatchTasks(request, metadata=token))
 
 
 def test_heavy_calls_are_bounded_and_a_stop_gets_in(tmp_path: Path, scene: Scene) -> None:
@@ -260,7 +297,7 @@ def test_a_field_mask_is_bounded(daemon: Daemon, scene: Scene) -> None:
     request.update_mask.paths.extend(f"x{number}" for number in range(10_000))
     code, _, sentence = refusal(lambda: daemon.tasks.UpdateTask(request))
     assert code == "INVALID_ARGUMENT"
-    assert "10000 paths" in sentence
+    assert "more than 200 paths" in sentence
 
 
 def test_the_oldest_events_of_earlier_runs_go_and_numbers_stay(

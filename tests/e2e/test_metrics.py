@@ -218,6 +218,8 @@ def test_without_a_run_there_are_no_curves(daemon: Daemon) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             get(daemon, name, run=run)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.RpcError, match="there is no run 'tasks/back/runs/77'"):
+        get(daemon, "tasks/back", page_token="metrics-77-1-")
 
 
 def test_every_wrong_field_is_named(daemon: Daemon) -> None:

@@ -288,6 +288,7 @@ def test_a_receiver_that_hangs_holds_up_no_run_no_other_way_and_no_stop(
         daemon.start()
         receiver.wait("/hangs", tasks[0], 2)
         assert daemon.stop() == 0
+        assert "never retrieved" not in logged(daemon), "nor is that an error of the daemon's"
         live = "a run that ends while no daemon is there"
         daemon.start()
         receiver.wait("/hangs", tasks[0], 3)

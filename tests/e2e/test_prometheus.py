@@ -193,7 +193,6 @@ def test_odd_names_stand_as_they_are(daemon: Daemon, scene: Scene) -> None:
         ("/", "GET", {}, 404),
         ("/metrics/", "GET", {}, 404),
         ("/metrics", "POST", {}, 405),
-        ("/metrics", "HEAD", {}, 405),
         ("/metrics", "GET", {"Host": "evil.example"}, 403),
         ("/metrics", "GET", {"Host": "evil.example:9464"}, 403),
         ("/metrics", "GET", {"Origin": "http://evil.example"}, 403),
@@ -208,10 +207,32 @@ def test_one_path_for_scrapers_of_this_machine_and_no_page(
     assert ("finetuned_tasks" in body) is (status == 200)
 
 
+@pytest.mark.parametrize(("path", "status"), [("/metrics", 200), ("/", 404)])
+def test_head_is_answered_without_a_body(daemon: Daemon, path: str, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", port(daemon)), timeout=20) as one:
+        one.sendall(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        head, _, body = one.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert re.search(rb"\r\nContent-Length: [1-9]", head)
+    assert not body
+
+
+def test_who_holds_all_places_keeps_no_scraper_out(daemon: Daemon) -> None:
+    """One more has the place of the one that has kept the daemon waiting longest."""
+    address = ("127.0.0.1", port(daemon))
+    silent = [socket.create_connection(address) for _ in range(32)]
+    for _ in range(3):
+        assert ask(daemon)[0] == 200
+    assert _is_closed(silent[0]), "the oldest made room"
+    assert not _is_closed(silent[-1]), "no more than had to"
+    for one in silent:
+        one.close()
+
+
 def test_a_scraper_that_does_not_read_or_does_not_ask_disturbs_nobody(
     daemon: Daemon, scene: Scene
 ) -> None:
-    """It holds a place, of which there are eight, for seconds; calls are answered meanwhile."""
+    """It holds a place, of which there are 32, for seconds; calls are answered meanwhile."""
     address = ("127.0.0.1", port(daemon))
     silent = [socket.create_connection(address) for _ in range(4)]
     deaf = [socket.create_connection(address) for _ in range(3)]
@@ -220,8 +241,9 @@ def test_a_scraper_that_does_not_read_or_does_not_ask_disturbs_nobody(
     assert Scrape(daemon).value("finetuned_open_streams") == 0
     assert daemon.create(scene.parameters()).name
     crowd = [socket.create_connection(address) for _ in range(60)]
-    closed = [one for one in crowd if _is_closed(one)]
-    assert len(closed) >= 50, "beyond eight they are turned away"
+    eventually(lambda: _answers(daemon), "who asks is answered")
+    closed = [one for one in crowd[:20] if _is_closed(one)]
+    assert len(closed) == 20, "beyond 32 the oldest are turned out"
     for one in (*silent, *deaf, *crowd):
         one.close()
     eventually(lambda: _answers(daemon), "the places are free again")

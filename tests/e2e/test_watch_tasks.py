@@ -9,6 +9,8 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from conftest import Scene
 from daemon_process import Daemon, eventually
@@ -267,6 +269,40 @@ def test_a_state_that_is_none_is_refused(daemon: Daemon) -> None:
         next(daemon.tasks.WatchTasks(request, timeout=20))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "states" in caught.value.details()
+
+
+def test_states_that_come_again_are_one(daemon: Daemon, scene: Scene) -> None:
+    """However often: they are neither too many for the database, nor many mistakes."""
+    daemon.create(scene.parameters())
+    often = 300_000
+    request = task_service_pb2.ListTasksRequest(states=[PENDING] * often, page_size=1)
+    assert [task.state for task in daemon.tasks.ListTasks(request).tasks] == [PENDING]
+    none = task_service_pb2.ListTasksRequest(states=[99] * often)  # type: ignore[list-item]
+    with pytest.raises(grpc.RpcError) as caught:
+        daemon.tasks.ListTasks(none)
+    assert caught.value.details() == "states: 99 is no state"
+
+
+def test_of_very_many_wrong_states_the_first_are_named_and_the_others_counted(
+    daemon: Daemon,
+) -> None:
+    """What is done for them does not grow with the square of their number."""
+    wrong: Any = range(1000, 500_000)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: daemon.tasks.ListTasks(task_service_pb2.ListTasksRequest(states=wrong)),
+        lambda: next(daemon.tasks.WatchTasks(task_service_pb2.WatchTasksRequest(states=wrong))),
+    )
+    for call in calls:
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
+        assert status is not None
+        found = error_details_pb2.BadRequest()
+        assert any(detail.Unpack(found) for detail in status.details)
+        first, *_, last = found.field_violations
+        assert (first.field, first.description) == ("states", "1000 is no state")
+        named = len(found.field_violations) - 1
+        assert last.description == f"{499_000 - named:,} more numbers are no states"
 
 
 # --- devices

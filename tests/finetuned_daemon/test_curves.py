@@ -147,3 +147,22 @@ def test_those_asked_for_longest_ago_are_forgotten(
 
     asyncio.run(look())
     database.close()
+
+
+def test_runs_without_a_point_are_forgotten_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_KEPT_RUNS", 3)
+    database = Database(tmp_path / "finetuned.db")
+
+    async def look() -> None:
+        curves = Curves(database)
+        found = list[RunCurves]()
+        for run in (1, 2, 3, 4, 2, 1):
+            async with curves.of(1, run) as one:
+                found.append(one)
+        assert found[4] is found[1], "it was kept"
+        assert found[5] is not found[0], "it was forgotten"
+
+    asyncio.run(look())
+    database.close()

@@ -104,6 +104,40 @@ async def test_what_cant_be_measured_is_an_invalid_field(tmp_path: Path) -> None
     assert violation.message.zh.startswith("无法加载")
 
 
+async def test_a_doubtful_template_is_remembered_until_files_change_or_are_measured_again(
+    tmp_path: Path,
+) -> None:
+    """Of a measurement and of an inspection, for any length and without a process."""
+    worker = make_worker(tmp_path, f'echo "$@" >> {tmp_path}/starts\nexec {PYTHON} "$@"')
+    model = make_model(tmp_path / "model", "endless")
+    path = write_jsonl(tmp_path / "chats.jsonl", chats(3))
+    request = MeasureRequest(
+        training_type=SFT, train_file=str(path), tokenizer_path=str(model), max_seq_length=128
+    )
+    assert await worker.refused(request) == []
+    with pytest.raises(InvalidRequest) as caught:
+        await worker.measure(request)
+    [violation] = caught.value.violations
+    longer = request.model_copy(update={"max_seq_length": 256})
+    assert await worker.refused(longer) == [violation]
+    assert await worker.refused(request.model_copy(update={"max_samples": 1})) == []
+    (model / "chat_template.jinja").touch()
+    assert await worker.refused(request) == []
+    inspection = InspectRequest(training_type=SFT, path=str(path), tokenizer_path=str(model))
+    async for _ in worker.inspect(inspection):
+        pass
+    assert await worker.refused(request) == [violation]
+    with_evaluation = request.model_copy(update={"eval_file": str(path)})
+    assert await worker.refused(with_evaluation) == [violation]
+    assert starts(tmp_path) == 2
+    # As an environment that was brought up to date would answer.
+    measured = '{"kind": "measured", "exact": true, "train": {"samples": 3}}'
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho '{measured}'\n")
+    assert (await worker.measure(request)).train_samples == 3
+    assert await worker.refused(request) == []
+    await worker.close()
+
+
 @pytest.mark.parametrize(
     ("script", "why"),
     [

@@ -166,6 +166,18 @@ def test_where_nothing_is_known_no_fix_is_invented(found: Failure) -> None:
     assert advice_of(found.reason).zh
 
 
+def test_advice_on_a_template_is_not_to_mend_the_data() -> None:
+    """The run names the parameter, whatever the reason; another one changes nothing."""
+    template, data = (
+        advice_of(EndReason.DATASET_INVALID, field=field)
+        for field in ("data.tokenizer_path", "data.train_file")
+    )
+    assert "data.tokenizer_path" in template.en
+    assert "data.tokenizer_path" in template.zh
+    assert "Mend" not in template.en
+    assert data.en.startswith("Mend the data file")
+
+
 def test_advice_on_precision_is_for_runs_in_fp16_alone() -> None:
     """The CPU computes in float32 whatever is asked for, and weights and samples are left."""
     in_fp16, in_float32 = (

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from finetuned_daemon import logs
 from finetuned_daemon.events import build
 from finetuned_daemon.notify import kinds
 from finetuned_daemon.notify.causes import cause_of, is_candidate
+from finetuned_daemon.notify.channel import NotDelivered
+from finetuned_daemon.notify.desktop import program
 from finetuned_daemon.notify.kinds import KINDS
 from finetuned_daemon.notify.message import of_run
 from finetuned_daemon.notify.settings import add_options, settings
@@ -250,6 +253,55 @@ def test_a_user_in_an_address_is_for_basic_authentication() -> None:
     assert parse_url("https://host/", may_be_http=False).user == ""
 
 
+@pytest.mark.parametrize(
+    ("url", "secrets"),
+    [
+        ("https://h/services/T01234567/B0-abcdef/x", ["T01234567", "B0-abcdef"]),
+        ("https://h/hook?room=9&key=letmein-please", ["letmein-please"]),
+        (
+            "https://h/hook?key=let%20me%20in%20please",
+            ["let%20me%20in%20please", "let me in please"],
+        ),
+        ("https://me:pass%2Fword-1@h/", ["pass%2Fword-1", "pass/word-1", "bWU6cGFzcy93b3JkLTE="]),
+        ("https://token-of-mine@h/", ["token-of-mine", "dG9rZW4tb2YtbWluZTo="]),
+        ("https://h/ä-secret-ä", ["ä-secret-ä", "%C3%A4-secret-%C3%A4"]),
+    ],
+)
+def test_no_piece_of_an_address_that_may_be_a_secret_is_told(
+    url: str, secrets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what is given nor what is sent; a word, such as `services`, stays as it is."""
+    monkeypatch.setattr(logs, "_secrets", set[str]())
+    parse_url(url, may_be_http=False)
+    for secret in secrets:
+        said = str(NotDelivered(f"finetuned services: {secret} notifications"))
+        assert secret not in said
+        assert said.startswith("finetuned services: [secret]")
+        assert said.endswith("notifications")
+
+
+@pytest.mark.parametrize("url", ["https://me:pass/word@host/", "https://me:pa℀ss@host/"])
+def test_an_address_that_can_not_be_read_is_not_quoted(url: str) -> None:
+    with pytest.raises(BadWebhook) as caught:
+        parse_url(url, may_be_http=False)
+    assert "pa" not in str(caught.value).replace("password", "")
+
+
+def test_why_it_has_not_arrived_is_one_line_that_steers_no_terminal() -> None:
+    assert str(NotDelivered("a\x1b]0;b\x07\r\nc \u202e")) == "a\\x1b]0;b\\x07 c \\u202e"
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_a_title_that_begins_like_an_option_is_none(platform: str) -> None:
+    found = program(platform, "-e", "/server:evil")
+    assert found is not None
+    argv, stdin = found
+    if platform == "darwin":
+        assert argv[-3:] == ["--", "-e", "/server:evil"]
+    else:
+        assert (argv, stdin) == (["msg", "*"], b"-e\n/server:evil")
+
+
 def given(*options: str) -> Any:
     parser = argparse.ArgumentParser()
     add_options(parser)
@@ -265,6 +317,9 @@ def given(*options: str) -> Any:
         (("--notify-webhook", "http://example.com/"), "--notify-allow-http"),
         (("--notify-webhook", "@/no/such/file"), "No such file"),
         (("--notify-webhook", "@/dev/null"), "no regular file"),
+        (("--notify-webhook", "@/"), "no regular file"),
+        (("--notify-webhook", "@"), "the file with the address must follow @"),
+        (("--notify-webhook", "https://host:port/"), "its port must be a number"),
         (("--notify-webhook-secret-file", "/dev/null"), "is for --notify-webhook"),
         (("--notify-on", "completed,nonsense"), "not nonsense"),
         (("--notify-on", ","), "not nothing"),

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,64 @@ def test_options_of_serve_are_written_out_with_whole_paths(desk: Desk) -> None:
     assert 'Environment="A=50%% of $HOME \\"x\\""\n' in unit
 
 
+def command_of(unit: str) -> list[str]:
+    """The words of its command line."""
+    (line,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    return shlex.split(line)
+
+
+def test_files_that_notifications_need_are_written_as_whole_paths(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service starts in another folder, and with another PATH."""
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "n.sh"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    url = tmp_path / "url"
+    url.write_text("https://example.com/hook")
+    url.chmod(0o600)
+    unit = desk.printed(
+        *("--platform", "systemd", "--env", "HF_HUB_CACHE=hub", "--"),
+        *("--notify-command", "./n.sh 'a b' c", "--notify-webhook", "@url"),
+        HF_HOME="models",
+    )["finetuned.service"]
+    assert command_of(unit)[5:] == [
+        *("--notify-command", f"{program} 'a b' c", "--notify-webhook", f"@{url}"),
+    ]
+    assert f"Environment=HF_HOME={tmp_path}/models\n" in unit
+    assert f"Environment=HF_HUB_CACHE={tmp_path}/hub\n" in unit
+    unit = desk.printed("--", "--notify-command", "true", "--runner-python", "python3")
+    words = command_of(unit["finetuned.service"])
+    for option, name in (("--notify-command", "true"), ("--runner-python", "python3")):
+        found = shutil.which(name, path=desk.environment["PATH"])
+        assert words[words.index(option) + 1] == found
+    assert "HF_HOME=~/models" in desk.printed(HF_HOME="~/models")["finetuned.service"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd-analyze here")
+def test_a_python_with_a_dollar_in_its_path_is_found(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = desk.root / "a$b${HOME} 50%" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    text = desk.printed("--platform", "systemd")["finetuned.service"]
+    unit = desk.root / "finetuned.service"
+    unit.write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "--user", "verify", str(unit)],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(desk.root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    # What the program is told of its own path, by which Python finds its environment.
+    assert command_of(text)[1] == str(python).replace("%", "%%").replace("$", "$$")
+
+
 # --- launchd, Windows
 
 
@@ -252,6 +311,88 @@ def test_a_secret_does_not_go_into_a_unit_that_everybody_can_read(desk: Desk) ->
     assert "hf_abc" in desk.printed("--env", "HF_TOKEN=hf_abc")["finetuned.service"]
 
 
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "HOOK_TOKEN", "WANDB_API_KEY", "DB_PASS"])
+def test_a_name_of_a_secret_is_known(desk: Desk, name: str) -> None:
+    done = desk.service("install", "--system", "--dry-run", "--env", f"{name}=val-ue")
+    assert (done.returncode, f"--env {name}: everybody" in done.stderr) == (1, True)
+    assert "val-ue" not in done.stdout + done.stderr
+
+
+def test_what_only_sounds_like_a_secret_may_be_in_a_unit_of_the_machine(desk: Desk) -> None:
+    unit = desk.printed("--system", "--env", "TOKENIZERS_PARALLELISM=false")["finetuned.service"]
+    assert "Environment=TOKENIZERS_PARALLELISM=false\n" in unit
+
+
+def test_an_address_that_everybody_could_read_must_stand_in_a_file(desk: Desk) -> None:
+    """A path is a secret in a unit of the machine; a password is one on each command line."""
+    path, password = "https://h.example/hooks/SECRET", "https://me:SECRET@h.example/"
+    for scope, option, value in (
+        (("--system",), "--notify-webhook", path),
+        (("--system",), "--notify-webhook", password),
+        ((), "--notify-webhook", password),
+        ((), "--notify-command", f"true {password}"),
+    ):
+        done = desk.service("install", "--dry-run", *scope, "--", option, value)
+        assert (done.returncode, f"{option}: " in done.stderr) == (1, True), value
+        assert ("@FILE" in done.stderr) is (option == "--notify-webhook")
+        assert "SECRET" not in done.stdout + done.stderr
+    done = desk.service("install", "--dry-run", "--system", "--env", f"HTTPS_PROXY={password}")
+    assert (done.returncode, "password in a URL" in done.stderr) == (1, True)
+    assert "SECRET" not in done.stdout + done.stderr
+    assert path in desk.printed("--", "--notify-webhook", path)["finetuned.service"]
+
+
+def test_a_secret_that_the_services_user_can_not_read_is_refused(desk: Desk) -> None:
+    file = desk.root / "url"
+    file.write_text("https://example.com/hook")
+    file.chmod(0o600)
+    words = ("install", "--dry-run", "--system", "--user")
+    options = ("--", "--notify-webhook", f"@{file}")
+    for user in ("nobody", "no-such-user"):
+        done = desk.service(*words, user, *options)
+        assert (done.returncode, f"{user}, whom the service runs as" in done.stderr) == (1, True)
+        # The chown for the file comes once its folder lets in that user.
+        assert re.search("can't read .*/url", done.stderr)
+    assert desk.service(*words, getpass.getuser(), *options).returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_secret_must_be_the_services_users_own_and_root_may_install_it(desk: Desk) -> None:
+    import pwd
+
+    nobody = pwd.getpwnam("nobody")
+    with tempfile.TemporaryDirectory(prefix="finetuned-test-") as folder:
+        Path(folder).chmod(0o755)
+        file = Path(folder) / "url"
+        file.write_text("https://example.com/hook")
+        file.chmod(0o600)
+        words = ("install", "--dry-run", "--system", "--user", "nobody")
+        options = ("--", "--notify-webhook", f"@{file}")
+        done = desk.service(*words, *options)
+        assert (done.returncode, f"run: chown nobody {file}" in done.stderr) == (1, True)
+        os.chown(file, nobody.pw_uid, nobody.pw_gid)
+        assert f"@{file}" in desk.printed(*words[2:], *options)["finetuned.service"]
+
+
+@pytest.mark.parametrize("user", ["bob\nExecStartPre=/bin/evil", "-o", "%u", "bob alice", ""])
+def test_a_user_can_not_bring_lines_of_its_own_into_a_unit(desk: Desk, user: str) -> None:
+    done = desk.service("install", "--dry-run", "--system", f"--user={user}")
+    if not user:
+        assert "User=finetuned\n" in done.stdout
+        return
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "can't be the name of a user" in done.stderr
+
+
+def test_a_python_can_not_bring_lines_of_its_own_into_a_unit(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/a\nExecStartPre=/bin/evil/python")
+    done = desk.service("install", "--dry-run")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "can't be written in a unit" in done.stderr
+
+
 def test_a_dry_run_writes_and_runs_nothing(desk: Desk) -> None:
     before = tree(desk.home)
     assert "enable finetuned.socket" in desk.printed("--socket-activation")[""]
@@ -305,6 +446,11 @@ def test_a_file_of_somebody_else_is_not_touched(desk: Desk) -> None:
     kept = desk.units / "finetuned.service.replaced"
     assert (done.returncode, kept.read_text()) == (0, "[Service]\nExecStart=/bin/true\n")
     assert str(kept) in done.stdout
+    unit.write_text("[Service]\nExecStart=/bin/false\n")
+    assert desk.service("install", "--force").returncode == 0
+    assert kept.read_text() == "[Service]\nExecStart=/bin/true\n", "what was kept stays"
+    second = desk.units / "finetuned.service.replaced-2"
+    assert second.read_text() == "[Service]\nExecStart=/bin/false\n"
 
 
 def test_a_unit_that_was_edited_is_not_overwritten_in_silence(desk: Desk) -> None:
@@ -313,7 +459,7 @@ def test_a_unit_that_was_edited_is_not_overwritten_in_silence(desk: Desk) -> Non
     unit.write_text(unit.read_text().replace("RestartSec=1", "RestartSec=9"))
     desk.asked()
     done = desk.service("install")
-    assert (done.returncode, "systemctl edit" in done.stderr) == (1, True)
+    assert (done.returncode, "systemctl --user edit" in done.stderr) == (1, True)
     assert ("RestartSec=9" in unit.read_text(), desk.asked()) == (True, [])
     assert desk.service("uninstall").returncode == 0
     assert not unit.exists()
@@ -363,3 +509,10 @@ def test_another_machine_is_only_printed_for(desk: Desk) -> None:
     assert (done.returncode, "--dry-run" in done.stderr) == (1, True)
     assert desk.service("start").returncode == 4, "not installed"
     assert desk.service("logs").returncode == 4
+
+
+def test_a_number_of_lines_that_is_none_is_refused(desk: Desk) -> None:
+    assert desk.service("install").returncode == 0
+    for lines in ("-1", "99999999999999999999"):
+        done = desk.service("logs", "--lines", lines)
+        assert (done.returncode, "--lines must be from 0" in done.stderr) == (1, True)

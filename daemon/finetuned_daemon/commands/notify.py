@@ -32,6 +32,8 @@ EXIT_FAILED = 1
 
 _FIRST_SCHEMA = 8
 _SECRET_BYTES = 32
+_MOST_DIGITS = 18
+"""What the database takes."""
 
 
 def register(commands: Any) -> None:
@@ -50,7 +52,7 @@ def register(commands: Any) -> None:
     text = "print what was sent, newest first, with what came of it"
     log = actions.add_parser("log", help=text, description=f"{text[0].upper()}{text[1:]}.")
     log.add_argument("--undelivered", action="store_true", help="only what has not arrived")
-    log.add_argument("--limit", type=int, default=50, metavar="N", help="lines at most (50)")
+    log.add_argument("--limit", type=_limit, default=50, metavar="N", help="lines at most (50)")
     log.add_argument("--json", action="store_true", help="one JSON object a line, with all of it")
     _add_folders(log)
     text = "write a new secret into a file that is not there yet, for --notify-webhook-secret-file"
@@ -96,8 +98,8 @@ def _show_log(arguments: argparse.Namespace) -> int:
         return EXIT_FAILED
     with contextlib.closing(open_read_only(config.database)) as connection:
         has_any = version_of(connection) >= _FIRST_SCHEMA
-        limit = max(arguments.limit, 0)
-        found = newest(connection, limit, undelivered=arguments.undelivered) if has_any else []
+        limit, undelivered = arguments.limit, arguments.undelivered
+        found = newest(connection, limit, undelivered=undelivered) if has_any else []
     for delivery in found:
         print(_as_json(delivery) if arguments.json else _as_line(delivery))
     if not found and not arguments.json:
@@ -109,7 +111,7 @@ def _as_line(delivery: Delivery) -> str:
     content = json.loads(delivery.body)
     moment = datetime.fromtimestamp(delivery.time / 1e6).astimezone()
     attempts = f" after {delivery.attempts} attempts" if delivery.attempts > 1 else ""
-    error = f": {delivery.error}" if delivery.error else ""
+    error = f": {' '.join(delivery.error.split())}" if delivery.error else ""
     state = delivery.state.lower().replace("_", " ")
     line = (
         f"{moment:%Y-%m-%d %H:%M:%S}  {content['type']}  {content['data']['task']} "
@@ -141,6 +143,14 @@ def _new_secret(file: Path) -> int:
         opened.write(new_secret(secrets.token_bytes(_SECRET_BYTES)) + "\n")
     print(file)
     return 0
+
+
+def _limit(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < len(text) <= _MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    if not int(text):
+        raise argparse.ArgumentTypeError("must be 1 at least")
+    return int(text)
 
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:

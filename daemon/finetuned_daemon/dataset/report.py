@@ -171,6 +171,8 @@ class Report(_Record):
     train_samples: int = 0
     rendered_samples: tuple[RenderedSample, ...] = ()
     tokenizer_problem: Text
+    is_uncertain: bool = False
+    """The problem is that it is not certain which tokens are learned."""
 
 
 class MeasuredFile(_Record):
@@ -223,6 +225,8 @@ class Failure(_Record):
     field: str
     reason: str
     message: Text
+    is_uncertain: bool = False
+    """It is not certain which tokens are learned: data and template don't go together."""
 
 
 Answer = Annotated[Progress | Report | Measured | Failure, Field(discriminator="kind")]

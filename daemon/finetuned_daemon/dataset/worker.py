@@ -2,7 +2,8 @@
 
 A process a question, `runner_python -P -m finetuned_runner --inspect`, in a process group of its
 own, which ends with the question. It takes half a second to start, so that measurements, which
-front-ends ask for again and again, are remembered.
+front-ends ask for again and again, are remembered. So is a template that left it uncertain what is
+learned, for a check and a start, which ask no process; who asks for a measurement gets a new one.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Worker:
         self._processes: set[Process] = set()
         self._measured: OrderedDict[_Key, Measured] = OrderedDict()
         self._shared: dict[_Key, _Shared] = {}
+        self._refused: OrderedDict[_Key, Violation] = OrderedDict()
         self._is_closed = False
 
     @property
@@ -111,6 +113,21 @@ class Worker:
                 shared.answer.cancel()
                 await asyncio.wait([shared.answer])
 
+    async def refused(self, request: MeasureRequest) -> list[Violation]:
+        """What a measurement or an inspection of the same files found, where it was refused.
+
+        Of templates alone that leave it uncertain what is learned. Nothing is read, and nobody
+        asked: empty where it is not known.
+        """
+        if not self._refused:
+            return []
+        # An inspection is of the training file alone.
+        for asked in (request, request.model_copy(update={"eval_file": None})):
+            known = self._refused.get(await asyncio.to_thread(_identify, _any_length(asked)))
+            if known is not None:
+                return [known]
+        return []
+
     async def _measure(self, key: _Key, request: MeasureRequest) -> Measured:
         async with contextlib.aclosing(self._ask(request)) as answers:
             async for answer in answers:
@@ -140,6 +157,24 @@ class Worker:
         for process in list(self._processes):
             await _end(process)
 
+    async def _note(
+        self, before: _Key, request: MeasureRequest, answer: Report | Measured | Failure
+    ) -> None:
+        """Remembers that files were refused, or that they are not any more."""
+        if await asyncio.to_thread(_identify, request) != before:
+            return
+        self._refused.pop(before, None)
+        if isinstance(answer, Failure) and answer.is_uncertain:
+            found = Violation(answer.field, answer.message, answer.reason)
+        elif isinstance(answer, Report) and answer.is_uncertain:
+            text = answer.tokenizer_problem
+            found = Violation("data.tokenizer_path", text, "TOKENIZER_UNUSABLE")
+        else:
+            return
+        self._refused[before] = found
+        if len(self._refused) > _REMEMBERED:
+            self._refused.popitem(last=False)
+
     def _remember(self, key: _Key, measured: Measured) -> None:
         self._measured[key] = measured
         if len(self._measured) > _REMEMBERED:
@@ -149,6 +184,8 @@ class Worker:
         self, request: InspectRequest | MeasureRequest
     ) -> AsyncGenerator[Progress | Report | Measured]:
         """Answers as they come; the last one is a report or a measurement."""
+        files = _any_length(request)
+        before = await asyncio.to_thread(_identify, files)
         if self._is_closed:
             raise Stopping
         self._limits.check("data_questions", self._asked)
@@ -159,6 +196,8 @@ class Worker:
             last_words = asyncio.ensure_future(_last_words(process))
             try:
                 async for answer in _answers(process, request):
+                    if not isinstance(answer, Progress):
+                        await self._note(before, files, answer)
                     if isinstance(answer, Failure):
                         violation = Violation(answer.field, answer.message, answer.reason)
                         raise InvalidRequest([violation])
@@ -244,6 +283,19 @@ def _not_ready(why: str) -> WrongState:
         "environment",
         "ENVIRONMENT_NOT_READY",
         f"the training environment can't read the data: {why}",
+    )
+
+
+def _any_length(request: InspectRequest | MeasureRequest) -> MeasureRequest:
+    """The files of a question, whatever length samples are cut to."""
+    if isinstance(request, MeasureRequest):
+        return request.model_copy(update={"max_seq_length": 0})
+    return MeasureRequest(
+        training_type=request.training_type,
+        train_file=request.path,
+        tokenizer_path=request.tokenizer_path,
+        max_seq_length=0,
+        max_samples=request.max_samples,
     )
 
 

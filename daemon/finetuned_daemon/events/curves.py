@@ -27,6 +27,8 @@ _BUCKETS_AT_ONCE = 500
 _LOADS_AT_ONCE = 2
 _KEPT_SECONDS = 60.0
 _KEPT_POINTS = BY_NAME["kept_points"].default
+_KEPT_RUNS = 250
+"""A run costs some KiB even where it has no point."""
 _ANSWER_POINTS = BY_NAME["thinned_points"].default
 
 
@@ -293,10 +295,10 @@ class Curves:
             await asyncio.sleep(0)
 
     def _make_room(self) -> None:
-        """Forgets the oldest beyond the bound; the one that was asked for last always stays."""
+        """Forgets the oldest beyond the bounds; the one that was asked for last always stays."""
         points = sum(kept.curves.point_count for kept in self._kept.values())
         for key, kept in list(self._kept.items())[:-1]:
-            if points <= _KEPT_POINTS:
+            if points <= _KEPT_POINTS and len(self._kept) <= _KEPT_RUNS:
                 return
             if not kept.users:
                 points -= kept.curves.point_count

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from finetuned_daemon import logs
 from finetuned_daemon.notify.message import Notification
+from finetuned_daemon.texts import printable
 
 
 class NotDelivered(Exception):
-    """It did not arrive; the message says why, and has no secret in it."""
+    """It did not arrive; the message says why in one line.
+
+    Whatever it was made of, no secret that is known and nothing that steers a terminal is in it.
+    """
 
     def __init__(
         self, message: str, *, is_final: bool = False, not_before_seconds: float = 0.0
@@ -20,7 +25,7 @@ class NotDelivered(Exception):
             is_final: There is no use in another attempt.
             not_before_seconds: The receiver wants to be left alone for so long.
         """
-        super().__init__(message)
+        super().__init__(printable(" ".join(logs.redacted(message).split())))
         self.is_final = is_final
         self.not_before_seconds = not_before_seconds
 

@@ -122,7 +122,7 @@ class Command(Channel):
     def __init__(self, argv: Sequence[str], paths: Paths, *, seconds: float, umask: int) -> None:
         """Takes the command line; it goes to no shell."""
         self.id = "command"
-        self.label = f"command {argv[0]}"
+        self.label = printable(f"command {argv[0]}")
         self._argv = argv
         self._paths = paths
         self._program = Program(seconds, umask)

@@ -23,16 +23,23 @@ _URGENCY = {False: 1, True: 2}
 _URGENT = {kind.type for kind in KINDS if kind.is_urgent}
 _DEFAULT_EXPIRY = -1
 
-# Texts go by arguments or by the environment: nothing of them is ever read as a program.
-_PROGRAMS: dict[str, list[str]] = {
-    "darwin": [
-        "osascript",
-        *("-e", "on run argv"),
-        *("-e", "display notification (item 2 of argv) with title (item 1 of argv)"),
-        *("-e", "end run"),
-    ],
-    "win32": ["msg", "*"],
-}
+
+def program(platform: str, title: str, text: str) -> tuple[list[str], bytes] | None:
+    """The command line that shows it, and its stdin; None: there the session bus does.
+
+    Nothing of the texts is ever read as a program or as an option.
+    """
+    if platform == "darwin":
+        lines = (
+            "on run argv",
+            "display notification (item 2 of argv) with title (item 1 of argv)",
+            "end run",
+        )
+        script = [word for line in lines for word in ("-e", line)]
+        return ["osascript", *script, "--", title, text], b""
+    if platform == "win32":
+        return ["msg", "*"], f"{title}\n{text}".encode()  # an argument may begin with a slash
+    return None
 
 
 class Desktop(Channel):
@@ -48,9 +55,9 @@ class Desktop(Channel):
     def send(self, notification: Notification) -> str:
         """Shows it."""
         title, text = notification.data["title"], notification.data["sentence"]
-        if sys.platform in _PROGRAMS:
-            argv = [*_PROGRAMS[sys.platform], title, text]
-            self._program.run(argv, b"", foreign_environment())
+        found = program(sys.platform, title, text)
+        if found is not None:
+            self._program.run(*found, foreign_environment())
             return "shown"
         is_urgent = notification.content["type"] in _URGENT
         try:

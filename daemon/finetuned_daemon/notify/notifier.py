@@ -1,4 +1,4 @@
-"""From an event to its receivers: at least once, in the order of events, in nobody's way.
+"""From an event to its receivers: at least once, in order until one fails, in nobody's way.
 
 A notification is written in the transaction of its event, so that no kill comes between. Each way
 has a worker of its own on the event loop, which reads one row at a time and sends it in a thread
@@ -255,6 +255,8 @@ def _in_thread(channel: Channel, notification: Notification) -> asyncio.Future[s
     """Sends in a thread that the end of the process ends: a daemon that stops waits for none."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[str] = loop.create_future()
+    # A daemon that stops does not wait for it, and Python would remark that nobody has looked.
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def tell(how: str | None, error: NotDelivered | None) -> None:
         if future.done():

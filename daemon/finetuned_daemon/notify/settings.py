@@ -113,8 +113,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> NotifySettings:
-    """The settings that were given; ends the program where they can't be used."""
+def settings(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, *, owner: int | None = None
+) -> NotifySettings:
+    """The settings that were given; ends the program where they can't be used.
+
+    Args:
+        parser: Says what is wrong.
+        arguments: With the options of `add_options`.
+        owner: The user whose files with secrets must be, or root's; None: this one.
+    """
     command: tuple[str, ...] = ()
     if arguments.notify_command is not None:
         try:
@@ -133,14 +141,14 @@ def settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         if not arguments.notify_webhook:
             parser.error("--notify-webhook-secret-file is for --notify-webhook")
         try:
-            secrets = parse_secrets(_read_private(file))
+            secrets = parse_secrets(_read_private(file, owner))
         except (BadWebhook, FolderUnsafe, OSError, UnicodeDecodeError) as error:
             parser.error(f"--notify-webhook-secret-file {file}: {error}")
     return NotifySettings(
         command=command,
         desktop=arguments.notify_desktop,
         webhooks=_targets(
-            parser, arguments.notify_webhook, may_be_http=arguments.notify_allow_http
+            parser, arguments.notify_webhook, owner, may_be_http=arguments.notify_allow_http
         ),
         secrets=secrets,
         kinds=arguments.notify_on,
@@ -152,14 +160,21 @@ def settings(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 
 def _targets(
-    parser: argparse.ArgumentParser, given: Sequence[str], *, may_be_http: bool
+    parser: argparse.ArgumentParser,
+    given: Sequence[str],
+    owner: int | None,
+    *,
+    may_be_http: bool,
 ) -> tuple[Target, ...]:
     targets = dict[str, Target]()
     for number, text in enumerate(given, start=1):
         # Which one it is, and not what it is: it may be a secret.
         which = f"--notify-webhook {number}" if len(given) > 1 else "--notify-webhook"
         try:
-            url = _read_private(Path(text[1:])).strip() if text.startswith("@") else text
+            if text == "@":
+                raise BadWebhook("the file with the address must follow @")
+            is_file = text.startswith("@")
+            url = _read_private(Path(text[1:]), owner).strip() if is_file else text
             target = parse_url(url, may_be_http=may_be_http)
         except (BadWebhook, FolderUnsafe, OSError, UnicodeDecodeError) as error:
             parser.error(f"{which}: {error}")
@@ -167,8 +182,8 @@ def _targets(
     return tuple(targets.values())
 
 
-def _read_private(path: Path) -> str:
-    """The text of a file that is this user's alone.
+def _read_private(path: Path, owner: int | None) -> str:
+    """The text of a file that is this user's alone, or another's where an owner is given.
 
     Raises:
         FolderUnsafe: Others can get at it.
@@ -177,10 +192,11 @@ def _read_private(path: Path) -> str:
     """
     # Not to wait for the writer of a FIFO.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadWebhook("it is no regular file")
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BadWebhook("it is no regular file")
-        check_private(path, may_be_roots=True)
+        check_private(path, may_be_roots=True, owner=owner)
         return file.read(_LONGEST_FILE).decode()
 
 

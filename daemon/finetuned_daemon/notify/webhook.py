@@ -11,15 +11,16 @@ import hashlib
 import hmac
 import ipaddress
 import math
+import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from finetuned._version import __version__
 from finetuned_daemon import logs
@@ -49,6 +50,11 @@ class Target:
     digest: str
 
     @property
+    def any_port(self) -> int:
+        """That of the URL, or of its scheme."""
+        return self.port or (443 if self.is_https else 80)
+
+    @property
     def label(self) -> str:
         """What may be shown: path and query are often secrets."""
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -68,7 +74,11 @@ def parse_url(url: str, *, may_be_http: bool) -> Target:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise BadWebhook(f"the URL can't be read ({error})") from error
+        # Not in Python's words, which quote it: a password with a slash is a port to it.
+        raise BadWebhook(
+            "the URL can't be read; its port must be a number, and / ? # @ : in a user or password "
+            "are written %2F %3F %23 %40 %3A"
+        ) from error
     if parts.scheme not in ("https", "http") or not host:
         raise BadWebhook("the URL must begin with https:// and name a host")
     if parts.scheme == "http" and not may_be_http and not _is_loopback(host):
@@ -77,9 +87,8 @@ def parse_url(url: str, *, may_be_http: bool) -> Target:
             "--notify-allow-http"
         )
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    for secret in (parts.path.strip("/"), parts.query, parts.password or ""):
-        if len(secret) > _SHORTEST_SECRET:
-            logs.keep_secret(secret)
+    for secret in _secrets_of(parts):
+        logs.keep_secret(secret)
     return Target(parts.scheme == "https", host, port, _path(parts), _user(parts), digest)
 
 
@@ -124,36 +133,42 @@ class Webhook(Channel):
     """One URL."""
 
     def __init__(self, target: Target, secrets: Sequence[bytes], *, seconds: float) -> None:
-        """Takes where, what to sign with, and how long an attempt may take."""
+        """Takes where, what to sign with, and how long an attempt may take as a whole.
+
+        Looking up the host's name can't be ended: an attempt may last as long as the system's
+        resolver takes.
+        """
         self.id = f"webhook-{target.digest}"
         self.label = f"webhook {target.label}"
         self._target = target
         self._secrets = secrets
         self._seconds = seconds
-        self._connection: HTTPConnection | None = None
+        self._attempt: _Attempt | None = None
 
     def send(self, notification: Notification) -> str:
         """Posts it; a status of 200 to 299 is delivered."""
-        connection = self._connection = self._connect()
+        context = ssl.create_default_context() if self._target.is_https else None
+        connection = self._connection(context)
+        body = notification.body.encode()
+        attempt = self._attempt = _Attempt(self._seconds)
         # The timeout of a socket is for each read alone: a server that drips would take for ever.
-        end = threading.Timer(self._seconds, self.abort)
+        end = threading.Timer(self._seconds, attempt.end)
         end.daemon = True
         end.start()
-        began = time.monotonic()
-        body = notification.body.encode()
         try:
+            connection.sock = attempt.connect(self._target, context)
             connection.request(
                 "POST", self._target.path, body, self._headers(notification.id, body)
             )
-            answer = connection.getresponse()
-            status, retry_after = answer.status, answer.headers.get("retry-after", "")
+            with connection.getresponse() as answer:
+                status, retry_after = answer.status, answer.headers.get("retry-after", "")
+            attempt.left()  # a head that was cut off by our own end is no answer
         except (OSError, HTTPException, ValueError) as error:
-            if time.monotonic() - began >= self._seconds:
-                raise NotDelivered(f"no answer within {self._seconds:g} s") from error
-            raise NotDelivered(_words(error)) from error
+            raise NotDelivered(attempt.words(error)) from error
         finally:
             end.cancel()
-            self._connection = None
+            self._attempt = None
+            attempt.close()
             connection.close()
         if status // 100 == 3:
             raise NotDelivered(f"status {status}: a redirect is not followed; give the URL itself")
@@ -167,21 +182,16 @@ class Webhook(Channel):
 
     def abort(self) -> None:
         """Ends the connection."""
-        connection = self._connection
-        sock: socket.socket | None = connection.sock if connection is not None else None
-        if sock is not None:
-            try:
-                # Not TLS's own, which another thread must not touch.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            except OSError:
-                return  # it is closed already
+        attempt = self._attempt
+        if attempt is not None:
+            attempt.end()
 
-    def _connect(self) -> HTTPConnection:
-        target = self._target
-        if target.is_https:
-            context = ssl.create_default_context()
-            return HTTPSConnection(target.host, target.port, timeout=self._seconds, context=context)
-        return HTTPConnection(target.host, target.port, timeout=self._seconds)
+    def _connection(self, context: ssl.SSLContext | None) -> HTTPConnection:
+        """Not connected yet; of the target's kind, for the header `host`."""
+        host, port = self._target.host, self._target.any_port
+        if context is not None:
+            return HTTPSConnection(host, port, context=context)
+        return HTTPConnection(host, port)
 
     def _headers(self, id_: str, body: bytes) -> dict[str, str]:
         now = int(time.time())
@@ -201,8 +211,104 @@ class Webhook(Channel):
         return headers
 
 
-_SHORTEST_SECRET = 11
-"""Shorter ones, such as `/hooks`, are no secrets, and words of other lines."""
+class _Attempt:
+    """The socket of one attempt, and its end: by time, or by a thread that stops it."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._is_over = False
+        self._sock: socket.socket | None = None
+
+    def left(self) -> float:
+        """Seconds that are left.
+
+        Raises:
+            TimeoutError: None are, or it was ended.
+        """
+        seconds = self._deadline - time.monotonic()
+        if self._is_over or seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+    def connect(self, target: Target, context: ssl.SSLContext | None) -> socket.socket:
+        """A connection to the first address of the host that takes one.
+
+        Raises:
+            OSError: None does, or not in time.
+        """
+        sock = self._connect(target)
+        sock.settimeout(self.left())
+        if context is None:
+            return sock
+        wrapped = context.wrap_socket(
+            sock, server_hostname=target.host, do_handshake_on_connect=False
+        )
+        self._sock = wrapped
+        wrapped.do_handshake()  # its timeout is for the whole of it
+        wrapped.settimeout(self.left())
+        return wrapped
+
+    def end(self) -> None:
+        """Ends it from another thread: what waits on the socket fails, and so does a later look."""
+        self._is_over = True
+        sock = self._sock
+        if sock is not None:
+            try:
+                # Not TLS's own, which another thread must not touch.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            except OSError:
+                return  # it is closed already, or not connected
+
+    def close(self) -> None:
+        """Lets go of the socket."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def words(self, error: Exception) -> str:
+        """Why it has failed. None of the words of whoever answers: they may be anything."""
+        # Of Python, not ETIMEDOUT of the system, which comes earlier.
+        is_late = isinstance(error, TimeoutError) and error.errno is None
+        if is_late or self._is_over or time.monotonic() >= self._deadline:
+            return f"no answer within {self._seconds:g} s"
+        if isinstance(error, HTTPException) and not isinstance(error, RemoteDisconnected):
+            return "no HTTP answer"
+        return str(error) or type(error).__name__
+
+    def _connect(self, target: Target) -> socket.socket:
+        failure: OSError = ConnectionError("the host has no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            target.host, target.any_port, type=socket.SOCK_STREAM
+        ):
+            try:
+                sock = self._sock = socket.socket(family, kind, protocol)
+                sock.settimeout(self.left())
+                sock.connect(address)
+            except OSError as error:
+                self.close()
+                failure = error
+            else:
+                return sock
+        raise failure
+
+
+_WORD = re.compile(r"[A-Za-z]?[a-z]{0,14}")
+"""Such as `services` or `finetuned`: no secret, and a word of other lines."""
+
+
+def _secrets_of(parts: SplitResult) -> Iterator[str]:
+    """What of a URL must stand in no log, as it is given and as it is sent."""
+    pieces = [parts.path.strip("/"), parts.query, *parts.path.split("/")]
+    pieces += [value for _, value in parse_qsl(parts.query)]
+    for piece in pieces:
+        if not _WORD.fullmatch(piece):
+            yield from (piece, unquote(piece), quote(piece, safe="/%:@!$&'()*+,;=~?"))
+    user, password = parts.username or "", parts.password or ""
+    # A user alone is a token; beside a password it is a name.
+    for piece in (password or user, f"{user}:{password}" if password else ""):
+        yield from (piece, unquote(piece))
+    yield base64.b64encode(_user(parts).encode()).decode()
 
 
 def _is_loopback(host: str) -> bool:
@@ -235,7 +341,3 @@ def _seconds(retry_after: str) -> float:
         except (ValueError, OverflowError):
             return 0.0
     return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
-
-
-def _words(error: BaseException) -> str:
-    return logs.redacted(str(error) or type(error).__name__)

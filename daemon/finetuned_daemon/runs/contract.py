@@ -177,13 +177,15 @@ class Result(_Record):
     output_path: str = ""
     """Folder of the final adapter or model; empty where none was written."""
     detail: str = ""
-    """Last lines of the traceback, where it failed."""
+    """Last lines of the traceback, where it failed and the message does not say it all."""
     samples: tuple[int, ...] = ()
     """Lines of a data file, from 1, whose samples it failed with."""
     sample_file: str = ""
     """The data file that they are lines of."""
     excerpt: str = ""
     """What such a sample looks like."""
+    field: str = ""
+    """The parameter that is to blame, by path, where the reason alone does not say it."""
     fix: dict[str, FixValue] = Field(default_factory=dict)
     """Parameters that would mend it, by path, where the run alone can know them."""
 

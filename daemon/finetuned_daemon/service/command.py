@@ -18,10 +18,13 @@ from finetuned_daemon.runs.contract import write_atomic
 from finetuned_daemon.service import log, model, prepare
 from finetuned_daemon.service.model import Change, File, Manager, Plan, Refused
 from finetuned_daemon.store.files import SERVING
+from finetuned_daemon.texts import printable
 
 EXIT_FAILED = 1
 EXIT_NOT_RUNNING = 3
 EXIT_NOT_INSTALLED = 4
+
+_MOST_LINES = 1_000_000_000
 
 Command = tuple[str, ...]
 
@@ -38,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         name, manager = prepare.manager(arguments)
         return action(name, manager, arguments)
     except Refused as error:
-        print(f"finetuned: {error}", file=sys.stderr)
+        print(f"finetuned: {printable(str(error))}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130
@@ -109,10 +112,16 @@ def _check(
         if arguments.force or model.is_ours(text):
             continue
         if model.was_ours(text):
+            beside = ""
+            if name == "systemd":
+                scope = "" if plan.is_system else " --user"
+                beside = (
+                    f"; changes belong beside it (systemctl{scope} edit {path.name}), where they "
+                    "stay"
+                )
             raise Refused(
-                f"{path} has been changed since it was installed; changes belong beside it "
-                f"(systemctl edit {path.name}), where they stay. --force writes it anew and keeps "
-                "the old one"
+                f"{path} has been changed since it was installed{beside}. --force writes it anew "
+                "and keeps the old one"
             )
         raise Refused(
             f"{path} is there, and was not written by this command; --force replaces it and keeps "
@@ -173,13 +182,22 @@ def _write(file: File, old: str | None, *, mode: int, is_dry: bool) -> None:
         print(f"unchanged  {file.path}")
         return
     if old is not None and not model.is_ours(old):
-        kept = file.path.with_name(f"{file.path.name}.replaced")
+        kept = _spare(file.path)
         file.path.replace(kept)
         print(f"kept       {kept}")
     file.path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file.path, file.content.encode())
     file.path.chmod(mode)
     print(f"{'written' if old is None else 'replaced':9}  {file.path}")
+
+
+def _spare(path: Path) -> Path:
+    """A name beside it that is free; what was kept before stays."""
+    kept, number = path.with_name(f"{path.name}.replaced"), 1
+    while os.path.lexists(kept):
+        number += 1
+        kept = path.with_name(f"{path.name}.replaced-{number}")
+    return kept
 
 
 def _way_in(plan: Plan) -> list[str]:
@@ -251,7 +269,7 @@ def _remove(path: Path, *, is_dry: bool) -> None:
         path.unlink()
         print(f"removed    {path}")
     else:
-        kept = path.with_name(f"{path.name}.replaced")
+        kept = _spare(path)
         path.replace(kept)
         print(f"kept       {kept}  (it was changed since it was installed)")
 
@@ -364,8 +382,8 @@ def _logs(name: str, manager: Manager, arguments: argparse.Namespace) -> int:
     written = _written(manager)
     if manager.paths[0] not in written:
         return _not_installed(arguments)
-    if arguments.lines < 0:
-        raise Refused("--lines must be 0 (all of them) or more")
+    if not 0 <= arguments.lines <= _MOST_LINES:
+        raise Refused(f"--lines must be from 0 (all of them) to {_MOST_LINES}")
     command = manager.logs(arguments.lines, follow=arguments.follow)
     if command and not arguments.file and shutil.which(command[0]):
         if arguments.follow:

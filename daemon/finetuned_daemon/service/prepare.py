@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
+import shlex
+import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,14 @@ from finetuned_daemon.store.files import SERVING
 _CARRIED = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE")
 """Variables of a shell that decide what a run finds; a service would not have them."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(?i)token|secret|passw|api_?key|credential")
+_FOLDERS = ("HF_HOME", "HF_HUB_CACHE")
+"""Those of them that are paths."""
+_SECRET = re.compile(
+    r"(?i)token(?!iz)|secret|pass(w|phrase)|key|credential|(^|_)(pwd|pass|auth)(_|$)"
+)
+_CREDENTIALS = re.compile(r"://[^/?#@\s]+@")
+"""In a URL."""
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*\$?")
 _LONGEST_SOCKET_PATH = 100
 
 _STATE_DIRS = {
@@ -85,9 +96,13 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
     for option in ("state_dir", "runtime_dir"):
         if getattr(arguments, option) is not None:
             options += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
-    config, changed = parse_serve(options)
-    problems = _contradictions(arguments, name, changed)
     is_system = bool(arguments.system)
+    user = (arguments.user or NAME) if is_system else _me()
+    owner = _number(user) if is_system else None
+    config, changed = parse_serve(options, owner=owner)
+    problems = _contradictions(arguments, name, changed)
+    if arguments.user and name != "windows" and not _USER.fullmatch(arguments.user):
+        problems.append(f"--user {arguments.user!r} can't be the name of a user")
     owns_folders = False
     folders = config.paths
     if is_system:
@@ -100,21 +115,26 @@ def plan(arguments: argparse.Namespace, name: str) -> Plan:
         folders = Paths(state_dir, runtime_dir)
         if len(os.fsencode(folders.socket)) > _LONGEST_SOCKET_PATH:
             problems.append(f"{folders.socket} is too long for a socket; choose --runtime-dir")
-    environment = _environment(arguments.env, problems, is_system=is_system)
-    written = (*folders_text(folders), *_canonical(changed), *environment.values())
+    environment = _environment(arguments.env, problems, name, is_system=is_system)
+    whole = _canonical(changed, config.notify.command)
+    problems += _secrets(changed, whole, is_system=is_system)
+    if is_system and name == here():
+        problems += _unreadable(changed, user)
+    written = (*folders_text(folders), *whole, *environment.values(), user, sys.executable)
     if any(not word.isprintable() for word in written):
-        problems.append("a path, option or value has a character that can't be written in a unit")
+        problems.append(
+            "a path, user, option or value has a character that can't be written in a unit"
+        )
     if problems:
         raise Refused(
             "\n  ".join(["this can't be installed:", *problems] if problems[1:] else problems)
         )
-    user = (arguments.user or NAME) if is_system else _me()
     return Plan(
         is_system=is_system,
         user=user,
         python=Path(sys.executable),
         paths=folders,
-        options=_canonical(changed),
+        options=whole,
         environment=environment,
         socket_activation=arguments.socket_activation,
         linger=arguments.linger and systemd.lingers(user) is not True,
@@ -130,13 +150,7 @@ def folders_text(folders: Paths) -> tuple[str, str]:
 
 def has_user(name: str) -> bool:
     """Whether the machine has this user."""
-    import pwd
-
-    try:
-        pwd.getpwnam(name)
-    except KeyError:
-        return False
-    return True
+    return _number(name) is not None
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -218,44 +232,117 @@ def _contradictions(
     return problems
 
 
-def _environment(given: list[str], problems: list[str], *, is_system: bool) -> dict[str, str]:
+def _environment(
+    given: list[str], problems: list[str], manager: str, *, is_system: bool
+) -> dict[str, str]:
+    remedy = {
+        "systemd": "use EnvironmentFile= with a file of mode 0600 "
+        f"(systemctl edit {systemd.SERVICE})"
+    }.get(manager, "put it into a file that only the service's user reads")
     environment = dict[str, str]()
     if not is_system:
         environment = {name: os.environ[name] for name in _CARRIED if os.environ.get(name)}
     for each in given:
         name, has_value, value = each.partition("=")
         if not _VARIABLE.fullmatch(name):
-            problems.append(f"--env {each}: {name!r} is no name of a variable")
+            # Without its value, which may be a secret.
+            problems.append(f"--env: {name!r} is no name of a variable")
         elif name.startswith("FINETUNED_"):
             problems.append(f"--env {name}: say it by an option, after --")
         elif is_system and _SECRET.search(name):
             problems.append(
                 f"--env {name}: everybody on the machine may read a system service's variables; "
-                f"use EnvironmentFile= with a file of mode 0600 (systemctl edit {systemd.SERVICE})"
+                f"{remedy}"
             )
         elif not has_value and name not in os.environ:
             problems.append(f"--env {name}: there is no such variable here")
         else:
-            environment[name] = value if has_value else os.environ[name]
+            value = value if has_value else os.environ[name]
+            if is_system and _CREDENTIALS.search(value):
+                problems.append(
+                    f"--env {name}: it has a password in a URL, and everybody on the machine may "
+                    f"read a system service's variables; {remedy}"
+                )
+            environment[name] = value
+    for name in _FOLDERS:
+        # `~` is Hugging Face's own to resolve, in the home of whom it runs as.
+        if environment.get(name, "~")[:1] != "~":
+            environment[name] = str(Path(environment[name]).absolute())
     return environment
 
 
-def _canonical(changed: Mapping[str, object]) -> tuple[str, ...]:
-    """Options of `serve` written out, with whole paths: a service starts in another folder."""
+def _secrets(
+    changed: Mapping[str, object], words: Sequence[str], *, is_system: bool
+) -> Iterator[str]:
+    """Options that would show a secret: a command line and a unit of the machine are open."""
+    for each in _webhooks(changed):
+        if not each.startswith("@") and (is_system or _CREDENTIALS.search(each)):
+            who = "a system service's unit" if is_system else "a service's command line"
+            yield (
+                f"--notify-webhook: everybody on the machine may read {who}, and the address is a "
+                "secret; put it into a file of mode 0600, and give --notify-webhook @FILE"
+            )
+            break
+    for option, word in itertools.pairwise(words):
+        if option != "--notify-webhook" and _CREDENTIALS.search(word):
+            yield (
+                f"{option}: it has a password in a URL, and everybody on the machine may read a "
+                "service's command line; put it into a file, such as a script"
+            )
+
+
+def _unreadable(changed: Mapping[str, object], user: str) -> Iterator[str]:
+    """Files that the service is to read, and its user can't."""
+    files = [("--notify-webhook", Path(each[1:])) for each in _webhooks(changed) if each[0] == "@"]
+    for name in ("notify_webhook_secret_file", "tls_cert", "tls_key", "tls_client_ca"):
+        value = changed.get(name)
+        if isinstance(value, Path):
+            files.append((f"--{name.replace('_', '-')}", value))
+    for option, file in files:
+        closed = _closed_to(file.absolute(), user)
+        if closed is None:
+            continue
+        said = f"{option}: {user}, whom the service runs as, can't read {file.absolute()}"
+        if closed != file.absolute():
+            yield f"{said}, as {closed} is closed to others; put it elsewhere, such as /etc/{NAME}"
+        elif has_user(user):
+            yield f"{said}; run: chown {user} {shlex.quote(str(closed))}"
+        else:
+            yield (
+                f"{said}; install the service without it, which makes {user}, run: "
+                f"chown {user} {shlex.quote(str(closed))}, and install it again"
+            )
+
+
+def _webhooks(changed: Mapping[str, object]) -> list[str]:
+    value = changed.get("notify_webhook")
+    return [str(each) for each in value] if isinstance(value, list) else []
+
+
+def _canonical(changed: Mapping[str, object], command: Sequence[str]) -> tuple[str, ...]:
+    """Options of `serve` written out, with whole paths: a service starts in another folder.
+
+    Args:
+        changed: Options by name.
+        command: That of notifications, whose program has been found: a service has another PATH.
+    """
     words = list[str]()
     for name, value in changed.items():
         option = f"--{name.replace('_', '-')}"
         if name in ("state_dir", "runtime_dir", "command"):
             continue  # said by variables, which clients know too
         if isinstance(value, list):
-            for each in value:
-                words += [option, str(each)]
+            for each in map(str, value):
+                is_file = name == "notify_webhook" and each.startswith("@")
+                words += [option, f"@{Path(each[1:]).absolute()}" if is_file else each]
         elif isinstance(value, Path):
             words += [option, str(value.absolute())]
         elif value is True:
             words.append(option)
-        elif name == "runner_python" and os.sep in str(value):
-            words += [option, str(Path(str(value)).absolute())]
+        elif name == "notify_command":
+            words += [option, shlex.join(command)]
+        elif name == "runner_python":
+            words += [option, str(Path(shutil.which(str(value)) or str(value)).absolute())]
         else:
             words += [option, str(value)]
     return tuple(words)
@@ -268,6 +355,39 @@ def _closed_to_others(program: Path) -> Path | None:
             if not part.stat().st_mode & 0o001:
                 return part
     return None
+
+
+def _closed_to(file: Path, user: str) -> Path | None:
+    """The file, or the folder above it, that keeps a user from reading it."""
+    import pwd
+
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        number, groups = -1, list[int]()
+    else:
+        number, groups = entry.pw_uid, os.getgrouplist(user, entry.pw_gid)
+    if number == 0:
+        return None
+    for path, read in ((file, stat.S_IROTH), *((each, stat.S_IXOTH) for each in file.parents)):
+        try:
+            status = path.stat()
+        except OSError:  # the daemon says so when it starts, as it would by hand
+            return None
+        shift = 6 if status.st_uid == number else 3 if status.st_gid in groups else 0
+        if not status.st_mode & (read << shift):
+            return path
+    return None
+
+
+def _number(user: str) -> int | None:
+    """Of a user of this machine; None: there is none of this name."""
+    import pwd
+
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError):
+        return None
 
 
 def _me() -> str:

@@ -272,10 +272,16 @@ def _service(plan: Plan) -> str:
             identity.append(f"StateDirectory={NAME} {NAME}/run")
             identity.append("StateDirectoryMode=0700")
         identity.append("UMask=0022")
+    program, *words = plan.argv
+    command = [quoted(program)]
+    if "$" in program:
+        # No variable is meant in the path of a program, and $$ is not undone there, but in what the
+        # program is told of it; `@` gives the two apart.
+        command = [quoted(f"@{program}"), quoted(program, is_command=True)]
     return _filled(
         _SERVICE_TEXT,
         unit=unit,
-        command=[" ".join(quoted(word, is_command=True) for word in plan.argv)],
+        command=[" ".join([*command, *(quoted(word, is_command=True) for word in words)])],
         environment=[
             f"Environment={quoted(f'{name}={value}')}" for name, value in environment.items()
         ],

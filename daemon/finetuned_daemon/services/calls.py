@@ -19,7 +19,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc import aio
 from grpc_status import rpc_status
 
-from finetuned_daemon.errors import DaemonError
+from finetuned_daemon.errors import DaemonError, Stopping
 from finetuned_daemon.limits import Limits
 from finetuned_daemon.logs import ABOUT, RPC_LOGGER, About, checked_request_id
 
@@ -48,7 +48,8 @@ HEAVY = frozenset(
 ALWAYS = frozenset({"StopTask", "PauseTask", "Shutdown", "GetSystemInfo", "Check"})
 """They wait for nothing, and get in however many calls there are: they are the way out."""
 
-_QUIET = ("/grpc.health.", "/grpc.reflection.")
+_HEALTH = "/grpc.health."
+_QUIET = (_HEALTH, "/grpc.reflection.")
 _TASK = re.compile(r"tasks/[a-z0-9-]{1,63}(?=/|$)")
 _CODES = {status.value[0]: status.name for status in grpc.StatusCode}
 
@@ -64,10 +65,13 @@ class Calls:
     def __init__(self, limits: Limits, to_status: ToStatus) -> None:
         self._limits = limits
         self.to_status = to_status
+        self.is_closing = False
+        """Whether no new calls are taken, as those that come now would be cut off."""
         self._all = 0
         self._unary = 0
         self._heavy = 0
         self._streams = 0
+        self._tcp_streams = 0
         self.answered = Counter[tuple[str, str]]()
         """Calls that were answered, by gRPC's name for the method and the status' name."""
         self.seconds = dict[str, tuple[int, float]]()
@@ -94,24 +98,36 @@ class Calls:
         """The frame of one call, to be entered by `async with`."""
         return Call(self, details, context, is_stream=is_stream)
 
-    def take_place(self, name: str, is_stream: bool) -> None:
+    def check_open(self, method: str) -> None:
+        """Refuses calls of a daemon that ends; of its health it still tells.
+
+        Raises:
+            Stopping: It ends.
+        """
+        if self.is_closing and not method.startswith(_HEALTH):
+            raise Stopping
+
+    def take_place(self, name: str, is_stream: bool, is_tcp: bool) -> None:
         """Counts one more.
 
         Raises:
             LimitReached: There are as many as there may be.
         """
         if is_stream:
+            if is_tcp:
+                self._limits.check_tcp_streams(self._tcp_streams)
             self._limits.check("open_streams", self._streams)
         elif name not in ALWAYS:
             self._limits.check("calls_in_flight", self._unary)
         if name in HEAVY:
             self._limits.check("heavy_calls", self._heavy)
-        self.count(name, is_stream, 1)
+        self.count(name, is_stream, is_tcp, 1)
 
-    def count(self, name: str, is_stream: bool, by: int) -> None:
+    def count(self, name: str, is_stream: bool, is_tcp: bool, by: int) -> None:
         """Counts so many more, or fewer."""
         if is_stream:
             self._streams += by
+            self._tcp_streams += by * is_tcp
         elif name not in ALWAYS:
             self._unary += by
         if name in HEAVY:
@@ -150,6 +166,7 @@ class Call:
         self._calls = calls
         self._context = context
         self._is_stream = is_stream
+        self._is_tcp = not context.peer().startswith("unix:")
         self._method = str(details.method)
         self._name = self._method.rpartition("/")[2]
         given = ""
@@ -173,7 +190,7 @@ class Call:
         Raises:
             LimitReached: There are as many as there may be.
         """
-        self._calls.take_place(self._name, self._is_stream)
+        self._calls.take_place(self._name, self._is_stream, self._is_tcp)
         self._has_place = True
         if self._is_stream:  # its trailers come at its end alone
             await self._context.send_initial_metadata(((REQUEST_ID, self.request_id),))
@@ -215,7 +232,7 @@ class Call:
                 self._write_line("CANCELLED")
         finally:
             if self._has_place:
-                self._calls.count(self._name, self._is_stream, -1)
+                self._calls.count(self._name, self._is_stream, self._is_tcp, -1)
             self._calls.went()
 
     async def _abort(self, status: status_pb2.Status) -> None:
@@ -229,7 +246,7 @@ class Call:
         fields: dict[str, Any] = {
             "code": code,
             "duration_ms": round(seconds * 1000, 1),
-            "peer": "unix" if self._context.peer().startswith("unix:") else "tcp",
+            "peer": "tcp" if self._is_tcp else "unix",
         }
         if reason:
             fields["reason"] = reason

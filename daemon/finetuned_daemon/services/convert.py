@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
-from google.protobuf import duration_pb2
+from google.protobuf import duration_pb2, field_mask_pb2
 
 from finetuned.v1 import (
     parameter_service_pb2,
@@ -26,6 +27,7 @@ from finetuned_daemon.events.build import (
 )
 from finetuned_daemon.events.curves import Points
 from finetuned_daemon.export import ConfigFormat
+from finetuned_daemon.limits import BY_NAME
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.parameters.schema import json_value
 from finetuned_daemon.planner import Estimate
@@ -186,17 +188,24 @@ def training_type(value: int, violations: list[Violation]) -> TrainingType | Non
     return _TRAINING_TYPES.get(value)
 
 
+def mask_paths(mask: field_mask_pb2.FieldMask) -> list[str]:
+    """The paths of a mask; of too many no more than it takes to refuse them."""
+    return list(islice(mask.paths, BY_NAME["mask_paths"].default + 1))
+
+
 def states(values: Iterable[int], violations: list[Violation]) -> list[TaskState]:
-    """The states; adds a violation for each number that is none."""
-    result = list[TaskState]()
-    for value in values:
-        state = _STATES.get(value)
-        if state is None:
-            text = Text(f"{value} is no state", f"没有状态 {value}")
-            violations.append(Violation("states", text, "NOT_A_CHOICE"))
-        else:
-            result.append(state)
-    return result
+    """The states, each once; adds a violation for each number that is none, or for the first."""
+    given = dict.fromkeys(values)
+    wrong = [value for value in given if value not in _STATES]
+    named = wrong[: len(_STATES)]
+    for value in named:
+        text = Text(f"{value} is no state", f"没有状态 {value}")
+        violations.append(Violation("states", text, "NOT_A_CHOICE"))
+    if len(wrong) > len(named):
+        more = len(wrong) - len(named)
+        text = Text(f"{more:,} more numbers are no states", f"另有 {more:,} 个数不是状态")
+        violations.append(Violation("states", text, "NOT_A_CHOICE"))
+    return [_STATES[value] for value in given if value in _STATES]
 
 
 def device(record: Device, running_task: str, queued: int) -> system_service_pb2.Device:

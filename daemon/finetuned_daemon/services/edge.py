@@ -56,6 +56,7 @@ CODES: dict[type[DaemonError], int] = {
 # an error of the transport's, without any field.
 _MOST_MESSAGE = 600
 _MOST_DETAIL = 4500
+_MOST_VIOLATIONS = 100
 
 
 def to_status(error: DaemonError, speaking: Language = "en") -> status_pb2.Status:
@@ -97,27 +98,35 @@ def to_status(error: DaemonError, speaking: Language = "en") -> status_pb2.Statu
 def _bad_request(
     violations: Sequence[Violation], speaking: Language
 ) -> error_details_pb2.BadRequest:
-    """All fields with their reasons; sentences are cut where they are too long together."""
+    """All fields with their reasons; sentences are cut where they are too long together.
+
+    Where that is not enough, there are more than parameters, such as paths of a mask: the first
+    come, and how many more there are. What this costs does not grow with what was sent.
+    """
     most = 400
+    found = [
+        (_short(v.field, 80), _short(v.message.within(speaking), most), v.reason)
+        for v in violations[:_MOST_VIOLATIONS]
+    ]
     while True:
         result = error_details_pb2.BadRequest(
             field_violations=[
                 error_details_pb2.BadRequest.FieldViolation(
-                    field=_short(v.field, 80),
-                    description=_short(v.message.within(speaking), most),
-                    reason=v.reason,
+                    field=field, description=_short(sentence, most), reason=reason
                 )
-                for v in violations
+                for field, sentence, reason in found
             ]
         )
+        if len(found) < len(violations):
+            more = len(violations) - len(found)
+            text = Text(f"{more:,} more values are wrong", f"另有 {more:,} 个值有误")
+            result.field_violations.add(description=text.within(speaking), reason="MORE_VIOLATIONS")
         if result.ByteSize() <= _MOST_DETAIL:
             return result
         if most > 20:
             most = most * 2 // 3
         else:
-            violations = violations[
-                :-1
-            ]  # more than there are parameters: a request of unknown ones
+            found = found[: len(found) // 2]
 
 
 def _short(text: str, most: int) -> str:
@@ -170,7 +179,8 @@ class Edge(aio.ServerInterceptor):
         return Edge(self._access, self._limits, self._calls)
 
     async def wait_until_idle(self, seconds: float) -> None:
-        """Returns once no call is under way, or time is up."""
+        """Takes no new calls, and returns once none is under way, or time is up."""
+        self._calls.is_closing = True
         await self._calls.wait_until_idle(seconds)
 
     async def intercept_service(
@@ -257,6 +267,7 @@ class Edge(aio.ServerInterceptor):
         context: aio.ServicerContext[Any, Any],
         details: grpc.HandlerCallDetails,
     ) -> Admission:
+        self._calls.check_open(str(details.method))
         metadata = details.invocation_metadata or ()
         admission = self._access.check(details.method, context.peer(), metadata)
         self._check_form(request)

@@ -34,9 +34,10 @@ async def get_metrics(
     if violations:
         raise InvalidRequest(violations)
     task = manager.get(request.name)
-    if request.run and manager.records.run(task.key, request.run) is None:
-        raise NotFound("run", f"{task.name}/runs/{request.run}")
-    run = run_of_page or request.run or manager.records.newest_run(task.key)
+    asked_for = run_of_page or request.run
+    if asked_for and manager.records.run(task.key, asked_for) is None:
+        raise NotFound("run", f"{task.name}/runs/{asked_for}")
+    run = asked_for or manager.records.newest_run(task.key)
     if not run:
         return task_service_pb2.GetMetricsResponse()
     async with manager.curves.of(task.key, run) as curves:

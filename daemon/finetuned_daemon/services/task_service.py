@@ -108,7 +108,7 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
                 display_name=request.task.display_name,
                 device=request.task.device,
                 template=request.task.template,
-                paths=list(request.update_mask.paths),
+                paths=convert.mask_paths(request.update_mask),
             ),
             etag=request.task.etag,
             update_template=request.update_template,

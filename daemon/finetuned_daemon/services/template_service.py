@@ -76,7 +76,7 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
             request.template.name,
             display_name=request.template.display_name,
             given=protos.to_dict(request.template.parameters),
-            paths=list(request.update_mask.paths),
+            paths=convert.mask_paths(request.update_mask),
             etag=request.template.etag,
         )
         return template_service_pb2.UpdateTemplateResponse(template=convert.template(template))

@@ -120,7 +120,7 @@ _OFF = ("no", "off", "none", "never", "false")
 
 def _nearest(given: object, choices: list[str], default: str) -> str:
     """The choice that was meant, where that can be told; else the default."""
-    word = str(given).strip().lower()
+    word = str(given)[:100].strip().lower()  # what it costs grows with the length
     if word in _OFF and "no" in choices:
         return "no"
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.75)

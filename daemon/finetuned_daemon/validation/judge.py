@@ -18,7 +18,7 @@ from finetuned_daemon.store.records import Records
 from finetuned_daemon.tasks import Task
 from finetuned_daemon.texts import Text
 from finetuned_daemon.validation.check import by_severity, check, errors, resolve
-from finetuned_daemon.validation.paths import own_folders
+from finetuned_daemon.validation.paths import check_path, own_folders
 from finetuned_daemon.validation.surroundings import Surroundings
 
 
@@ -87,7 +87,7 @@ class Judge:
 
     def _within_results(self, output_dir: str | None) -> str:
         """Resource name of a task in one of whose runs' folders an output folder lies."""
-        if not output_dir:
+        if not output_dir or check_path("data.output_dir", output_dir):
             return ""
         path = Path(output_dir)
         task_id = self._records.task_with_output([str(p) for p in (path, *path.parents)])

@@ -12,9 +12,18 @@ from finetuned_daemon.errors import Violation
 from finetuned_daemon.json_file import NotJson, read_json_file
 from finetuned_daemon.texts import Text
 
+_MOST_CHARACTERS = 4096
+"""No system follows a longer path; to take one apart costs the square of its length."""
+
 
 def check_path(field: str, text: str) -> list[Violation]:
     """An absolute path."""
+    if len(text) > _MOST_CHARACTERS:
+        sentence = Text(
+            f"has {len(text):,} characters; a path may have {_MOST_CHARACTERS:,}",
+            f"有 {len(text):,} 个字符；路径最多 {_MOST_CHARACTERS:,} 个",
+        )
+        return [Violation(field, sentence, "NOT_A_PATH")]
     if "\0" in text:
         return [Violation(field, Text("holds a NUL character", "含有 NUL 字符"), "NOT_A_PATH")]
     if not Path(text).is_absolute():
