@@ -15,7 +15,13 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from daemon_process import Daemon, eventually
-from finetuned.v1 import dataset_service_pb2, task_pb2
+from finetuned.v1 import (
+    dataset_service_pb2,
+    parameter_service_pb2,
+    parameters_pb2,
+    task_pb2,
+    task_service_pb2,
+)
 from tiny import chats, make_model, write_jsonl
 
 SFT = task_pb2.TRAINING_TYPE_SFT
@@ -134,6 +140,39 @@ def test_a_tokenizer_without_a_chat_template_is_a_problem_and_no_error(
     report = inspect(shared, path, tokenizer_path=str(folder), language="zh")[-1].report
     assert report.tokenizer_problem.startswith("无法写出对话")
     assert report.samples == 3
+
+
+def test_what_an_inspection_found_uncertain_a_check_and_a_start_refuse_at_once(
+    shared: Daemon, tmp_path: Path
+) -> None:
+    """With its sentence, at the field that would mend it; nothing is written or queued."""
+    path = write_jsonl(tmp_path / "chats.jsonl", chats(3))
+    folder = make_model(tmp_path / "doubtful", "endless")
+    given = parameters_pb2.Parameters(
+        data=parameters_pb2.DataParameters(
+            train_file=str(path), model_path=str(folder), output_dir=str(tmp_path / "out")
+        )
+    )
+    question = parameter_service_pb2.ValidateParametersRequest(
+        parameters=given, training_type=SFT, device="cpu"
+    )
+    assert shared.parameters.ValidateParameters(question).valid, "nobody has looked yet"
+    report = inspect(shared, path, tokenizer_path=str(folder))[-1].report
+    answer = shared.parameters.ValidateParameters(question)
+    [found] = [v for v in answer.violations if v.severity == parameter_service_pb2.SEVERITY_ERROR]
+    assert not answer.valid
+    assert (found.field, found.message) == ("data.tokenizer_path", report.tokenizer_problem)
+    request = task_service_pb2.CreateTaskRequest(
+        task=task_pb2.Task(
+            display_name="doubtful", training_type=SFT, parameters=given, device="cpu"
+        ),
+        start=True,
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        shared.tasks.CreateTask(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "not certain" in (caught.value.details() or "")
+    assert not shared.tasks.ListTasks(task_service_pb2.ListTasksRequest()).tasks
 
 
 # --- errors

@@ -56,6 +56,17 @@ def test_what_lies_beneath_has_no_evidence_of_what_it_broke():
     assert (result.samples, result.fix) == ((), {})
 
 
+def test_a_sentence_of_ours_has_no_traceback_beside_it():
+    """Where in the code says nothing, unless something else broke beneath, or the runner itself."""
+    failed = RunFailed(EndReason.DATASET_INVALID, "Bad.", field="data.tokenizer_path")
+    result = judge(failed, Parameters(), 0)
+    assert (result.detail, result.field) == ("", "data.tokenizer_path")
+    failed.__cause__ = ValueError("beneath")
+    assert "ValueError: beneath" in judge(failed, Parameters(), 0).detail
+    crashed = RunFailed(EndReason.RUNNER_CRASHED, "Odd.")
+    assert "Odd." in judge(crashed, Parameters(), 0).detail
+
+
 def test_a_run_out_of_memory_says_what_was_asked_for():
     """The allocator's figures without its advice, which is about torch's own settings."""
     text = (

@@ -208,6 +208,8 @@ def test_a_doubtful_chat_ends_the_run_before_its_first_step(shop, tmp_path, proc
     run = shop.here(shop.make(template="endless", data={"train_file": str(file)}))
     assert run.result.end_reason is EndReason.DATASET_INVALID, run.result
     assert run.result.step == 0
+    assert run.result.field == "data.tokenizer_path", "the data is in order"
+    assert run.result.detail == "", "the sentence says it all"
 
 
 def test_a_run_that_makes_its_tokens_on_the_way_is_the_same_run(shop, tmp_path):

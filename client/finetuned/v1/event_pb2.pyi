@@ -586,7 +586,7 @@ class Result(_message.Message):
     signal: _builtins.str
     """Signal that ended the runner, where one did, such as `SIGKILL`."""
     detail: _builtins.str
-    """Last lines of the traceback or console, where it failed."""
+    """Last lines of the traceback or console, where it failed. Empty where the message says it all."""
     @_builtins.property
     def fix(self) -> _parameters_pb2.Parameters:
         """Parameters that would likely mend it, as a patch of the task's. Absent where none is known. An empty text clears a parameter.
