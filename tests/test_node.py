@@ -46,9 +46,7 @@ ONLY_IN_PYTHON = {
 }
 ONLY_ON_HANDLES_IN_PYTHON = {
     "show",  # for notebooks and terminals; the numbers are in `watch` and `metrics`
-    # Attributes of the message: `handle.task` is it, as an object of the language.
-    *("display_name", "end_message", "end_reason", "last_checkpoint", "message", "parameters"),
-    *("phase", "progress", "run", "state", "training_type"),
+    "message",  # `task` there
     *("end_reason_name", "phase_name"),  # enums are strings there already
 }
 

@@ -18,6 +18,20 @@ const run = (...words) => execFileSync(buf, words, { cwd: here, encoding: "utf8"
 
 run("generate", protos, "--template", "buf.gen.yaml", "-o", out);
 
+// ts-proto makes `any` of google.protobuf.Value; whoever reads it had better look what it is.
+const messagesOut = path.join(out, "src/gen/finetuned/v1");
+for (const name of fs.readdirSync(messagesOut)) {
+  const file = path.join(messagesOut, name);
+  const text = fs.readFileSync(file, "utf8");
+  const typed = text.replace(/^export interface .*?^}/gms, (one) => one.replace(/^( *\| |  \w+: )any\b/gm, "$1JsonValue"));
+  if (typed === text) continue;
+  const whole = typed
+    .replace(/^import /m, 'import type { JsonValue } from "../../../json.js";\nimport ')
+    .replace(/Value\.unwrap\(Value\.decode\(reader, reader\.uint32\(\)\)\)/g, "$& as JsonValue")
+    .replace(/^type Builtin = /m, "$&JsonValue | ");
+  fs.writeFileSync(file, whole);
+}
+
 // Wire type to what a caller may give.
 const KINDS = { TYPE_STRING: "text", TYPE_BOOL: "bool", TYPE_INT32: "whole", TYPE_DOUBLE: "number", TYPE_MESSAGE: "list" };
 

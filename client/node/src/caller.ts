@@ -1,18 +1,18 @@
 /** One connection: made, made again, and called through. */
 
-import { setTimeout as sleep } from "node:timers/promises";
-
 import { Client as Channel } from "@grpc/grpc-js";
 
 import type { Endpoint, Place as Where } from "./connect.js";
-import { FinetunedError } from "./errors.js";
-import { type DaemonCommand, startDaemon } from "./launch.js";
+import { DaemonUnavailable, DeadlineExceeded, FinetunedError } from "./errors.js";
+import { checkCommand, type DaemonCommand, startDaemon } from "./launch.js";
 import { makeAbsolute } from "./local.js";
 import type { Method } from "./methods.js";
 import type { Place } from "./outage.js";
 import { Attempts, Session } from "./session.js";
+import { abortable, onAbort, pause } from "./signals.js";
 import { fromServiceError } from "./status.js";
 import { silence, Stream } from "./stream.js";
+import { checkMs, TimeLimit } from "./time_limit.js";
 import type { TLS } from "./tls.js";
 
 /** What can be set for each call. */
@@ -20,8 +20,9 @@ export interface CallOptions {
   /** Ends the call, and its repeats, with the signal's reason. */
   signal?: AbortSignal | undefined;
   /**
-   * Milliseconds that the call may take in all, its repeats while the daemon is away included. Default: the client's `timeoutMs` for
-   * each attempt, more where training data is read.
+   * Milliseconds that the method may take in all: looking up a name, starting the daemon and repeats while it is away included. Of
+   * what comes page by page, each page has them. Default: the client's `timeoutMs` for each attempt of a call, more where training
+   * data is read.
    */
   timeoutMs?: number | undefined;
 }
@@ -41,7 +42,10 @@ export interface ClientOptions {
    * announced and nowhere else.
    */
   token?: string | undefined;
-  /** Start the daemon at the first call if none serves; it lives on. A list is the command that starts it, without `serve`. */
+  /**
+   * Start the daemon at the first call if none serves, and at the next one after a call found none; it lives on. A list is the command
+   * that starts it, without `serve`.
+   */
   startDaemon?: boolean | DaemonCommand | undefined;
   /** Milliseconds that a call may take; default 10,000. Those that read training data may take longer. */
   timeoutMs?: number | undefined;
@@ -60,12 +64,21 @@ interface Kind {
   repeatable?: boolean;
   /** Of calls that may take longer than others, unless the caller says how long. */
   timeoutMs?: number;
+  /** Whether a daemon may be started for it; default: where the client starts one. */
+  starts?: boolean;
 }
 
-/** A channel, and where it leads. */
+/** A channel, where it leads, and who uses it. */
 interface Connection {
   readonly endpoint: Endpoint;
   readonly channel: Channel;
+  users: number;
+  isReplaced: boolean;
+}
+
+/** One start of the daemon. */
+interface Start {
+  readonly ended: Promise<boolean>;
 }
 
 /** What `Client` calls through. */
@@ -73,23 +86,27 @@ export class Caller {
   readonly #where: Where;
   readonly #session: Session;
   readonly #command: boolean | DaemonCommand;
-  #starting: Promise<boolean> | undefined;
+  #starting: Start | undefined;
   #connection: Connection | undefined;
-  readonly #channels: Channel[] = [];
+  readonly #channels = new Set<Channel>();
+  readonly #closing = new AbortController();
   readonly #underWay = new Set<{ cancel(): void }>();
 
   constructor(options: ClientOptions) {
     this.#where = { address: options.address, token: options.token, tls: options.tls };
-    this.#session = new Session(this.#where, options.timeoutMs ?? 10_000, options.language);
+    this.#session = new Session(this.#where, checkMs("timeoutMs", options.timeoutMs ?? 10_000), options.language);
     this.#command = options.startDaemon ?? false;
+    if (typeof this.#command !== "boolean") checkCommand(this.#command);
   }
 
   /** Close the connection; calls and streams under way end. The daemon and its runs go on. */
   close(): void {
+    if (this.#session.isClosed) return;
     this.#session.isClosed = true;
+    this.#closing.abort(this.#session.closed());
     for (const call of this.#underWay) call.cancel();
     for (const channel of this.#channels) channel.close();
-    this.#channels.length = 0;
+    this.#channels.clear();
   }
 
   /** As `close`, for `using client = new Client()`. */
@@ -104,18 +121,22 @@ export class Caller {
     options: CallOptions,
     kind: Kind = {},
   ): Promise<Response> {
-    const attempts = new Attempts(this.#session, kind.repeatable ?? true, options.timeoutMs);
+    const { signal, timeoutMs } = options;
+    const attempts = new Attempts(this.#session, kind.repeatable ?? true, timeoutMs);
+    const start = kind.starts === false ? undefined : await this.#start(signal, attempts.left(Infinity));
     for (;;) {
-      const connection = await this.#connect(options.signal);
-      const timeoutMs = attempts.left(kind.timeoutMs ?? this.#session.timeoutMs);
+      const connection = this.#connect(signal);
       try {
-        const answer = await this.#unary(connection, method, request, timeoutMs, options.signal);
+        const leftMs = attempts.left(kind.timeoutMs ?? this.#session.timeoutMs);
+        const answer = await this.#unary(connection, method, request, leftMs, signal);
         this.#session.wasReached = true;
         return answer;
       } catch (error) {
         if (!(error instanceof FinetunedError)) throw error;
         this.#session.checkOpen();
-        await pause(await attempts.after(connection.endpoint, error), options.signal);
+        await pause(await this.#unlessAway(attempts.after(connection.endpoint, error), connection, start), signal);
+      } finally {
+        this.#release(connection);
       }
     }
   }
@@ -127,12 +148,14 @@ export class Caller {
     options: StreamOptions,
   ): AsyncGenerator<Response, void, undefined> {
     const attempts = new Attempts(this.#session, true);
+    const start = await this.#start(options.signal);
     let wasAnswered = false;
     for (;;) {
-      const connection = await this.#connect(options.signal);
-      const stream = this.#open(connection, method, request, options.signal);
+      const connection = this.#connect(options.signal);
+      let stream: Stream<Response> | undefined;
       let failure: FinetunedError | undefined;
       try {
+        stream = this.#open(connection, method, request, options.signal);
         for (;;) {
           const read = await stream.next(Infinity);
           if (!("message" in read)) {
@@ -144,11 +167,12 @@ export class Caller {
         }
       } finally {
         this.#close(stream);
+        this.#release(connection);
       }
       if (failure === undefined) return;
       this.#session.checkOpen();
       if (wasAnswered) throw failure;
-      await pause(await attempts.after(connection.endpoint, failure), options.signal);
+      await pause(await this.#unlessAway(attempts.after(connection.endpoint, failure), connection, start), options.signal);
     }
   }
 
@@ -158,11 +182,14 @@ export class Caller {
     place: Place<Request, Response, Item>,
     options: StreamOptions,
   ): AsyncGenerator<Item, void, undefined> {
+    // Once: a watch that reconnects waits for whoever starts the daemon again.
+    const start = await this.#start(options.signal);
     for (;;) {
-      const connection = await this.#connect(options.signal);
-      const stream = this.#open(connection, method, place.request(), options.signal);
+      const connection = this.#connect(options.signal);
+      let stream: Stream<Response> | undefined;
       let failure: FinetunedError | undefined;
       try {
+        stream = this.#open(connection, method, place.request(), options.signal);
         for (;;) {
           const read = await stream.next(silence.ms + place.intervalMs);
           if (!("message" in read)) {
@@ -175,13 +202,21 @@ export class Caller {
         }
       } finally {
         this.#close(stream);
+        this.#release(connection);
       }
       this.#session.checkOpen();
-      if (failure !== undefined) failure = await this.#session.check(connection.endpoint, failure);
-      const lost = place.lost(failure);
+      const lost = await this.#unlessAway(this.#lost(connection, place, failure), connection, start);
       if (lost !== undefined) yield lost;
       await pause(place.delay(), options.signal);
     }
+  }
+
+  async #lost<Item>(
+    { endpoint }: Connection,
+    place: { lost(error: FinetunedError | undefined): Item | undefined },
+    failure: FinetunedError | undefined,
+  ): Promise<Item | undefined> {
+    return place.lost(failure && (await this.#session.check(endpoint, failure)));
   }
 
   #unary<Request, Response>(
@@ -191,27 +226,26 @@ export class Caller {
     timeoutMs: number,
     signal: AbortSignal | undefined,
   ): Promise<Response> {
-    const local = endpoint.isHere ? makeAbsolute(request) : request;
+    const bytes = method.encode(endpoint.isHere ? makeAbsolute(request) : request);
     return new Promise((resolve, reject) => {
       const metadata = this.#session.metadata(endpoint);
-      const call = channel.makeUnaryRequest<Request, Response>(
+      const call = channel.makeUnaryRequest<Buffer, Response>(
         method.path,
-        method.encode,
+        asIs,
         method.decode,
-        local,
+        bytes,
         metadata,
         { deadline: Date.now() + timeoutMs },
         (error, answer) => {
           this.#underWay.delete(call);
-          signal?.removeEventListener("abort", cancel);
+          forget();
           if (signal?.aborted) reject(signal.reason as Error);
           else if (error) reject(fromServiceError(error, metadata));
           else resolve(answer as Response);
         },
       );
-      const cancel = () => call.cancel();
       this.#underWay.add(call);
-      signal?.addEventListener("abort", cancel, { once: true });
+      const forget = onAbort(signal, () => call.cancel());
     });
   }
 
@@ -222,59 +256,90 @@ export class Caller {
     signal: AbortSignal | undefined,
   ): Stream<Response> {
     const metadata = this.#session.metadata(endpoint);
-    const local = endpoint.isHere ? makeAbsolute(request) : request;
-    const call = channel.makeServerStreamRequest(method.path, method.encode, method.decode, local, metadata, {});
+    const bytes = method.encode(endpoint.isHere ? makeAbsolute(request) : request);
+    const call = channel.makeServerStreamRequest(method.path, asIs, method.decode, bytes, metadata, {});
     const stream = new Stream<Response>(call, metadata, signal);
     this.#underWay.add(stream);
     return stream;
   }
 
-  #close(stream: Stream<unknown>): void {
+  #close(stream: Stream<unknown> | undefined): void {
+    if (stream === undefined) return;
     stream.cancel();
     this.#underWay.delete(stream);
   }
 
-  /** The endpoint, with a channel to it; a new one where the daemon has moved. */
-  async #connect(signal: AbortSignal | undefined): Promise<Connection> {
+  /** Starts the daemon where that was wished for; returns this start, for `unlessAway`. */
+  async #start(signal: AbortSignal | undefined, leftMs = Infinity): Promise<Start | undefined> {
     this.#session.checkOpen();
     signal?.throwIfAborted();
-    if (this.#command !== false) {
-      // One start for all calls that wait for it; after a failure the next call tries again.
+    if (this.#command === false) return undefined;
+    if (this.#starting === undefined) {
       const command = this.#command === true ? undefined : this.#command;
-      this.#starting ??= startDaemon({ ...this.#where, command }).catch((error: unknown) => {
-        this.#starting = undefined;
-        throw error;
-      });
-      await abortable(this.#starting, signal);
-      this.#session.checkOpen();
+      const begun = { ended: startDaemon({ ...this.#where, command, signal: this.#closing.signal }) };
+      this.#starting = begun;
+      // One start for all calls that wait for it; after a failure the next call tries again.
+      begun.ended.catch(() => this.#forgetStart(begun));
     }
-    const endpoint = this.#session.locate();
-    if (this.#connection === undefined || !endpoint.equals(this.#connection.endpoint)) {
-      // The old channel leads nowhere, but others may still read from it.
-      const channel = new Channel(endpoint.target, endpoint.credentials(), endpoint.options());
-      this.#channels.push(channel);
-      this.#connection = { endpoint, channel };
+    const start = this.#starting;
+    const limit = new TimeLimit(leftMs, signal);
+    try {
+      await abortable(start.ended, limit.signal, this.#closing.signal);
+    } catch (error) {
+      if (error !== limit.passed) throw error;
+      throw new DeadlineExceeded("the daemon that was started has not answered in time; it may yet", { reason: "DAEMON_STARTS" });
+    } finally {
+      limit.clear();
     }
-    return this.#connection;
+    this.#session.checkOpen();
+    return start;
   }
-}
 
-/** Waits; ends with the signal's reason where it is aborted. */
-async function pause(ms: number, signal: AbortSignal | undefined): Promise<void> {
-  try {
-    await sleep(ms, undefined, signal && { signal });
-  } catch (error) {
+  #forgetStart(start: Start): void {
+    if (this.#starting === start) this.#starting = undefined;
+  }
+
+  /** The answer; where the call ends for want of a daemon, the next one starts it again. */
+  async #unlessAway<T>(answer: Promise<T>, { endpoint }: Connection, start: Start | undefined): Promise<T> {
+    try {
+      return await answer;
+    } catch (error) {
+      const mayBeAway = error instanceof DaemonUnavailable || error instanceof DeadlineExceeded;
+      if (mayBeAway && start !== undefined && !(await endpoint.isListening())) this.#forgetStart(start);
+      throw error;
+    }
+  }
+
+  /** The endpoint, with a channel to it until `release`; a new one where the daemon has moved. */
+  #connect(signal: AbortSignal | undefined): Connection {
+    this.#session.checkOpen();
     signal?.throwIfAborted();
-    throw error;
+    const endpoint = this.#session.locate();
+    let connection = this.#connection;
+    if (connection === undefined || !endpoint.equals(connection.endpoint)) {
+      const channel = new Channel(endpoint.target, endpoint.credentials(), endpoint.options());
+      this.#channels.add(channel);
+      if (connection !== undefined) {
+        // It leads nowhere, but others may still read from it.
+        connection.isReplaced = true;
+        this.#closeUnused(connection);
+      }
+      connection = this.#connection = { endpoint, channel, users: 0, isReplaced: false };
+    }
+    connection.users += 1;
+    return connection;
+  }
+
+  #release(connection: Connection): void {
+    connection.users -= 1;
+    this.#closeUnused(connection);
+  }
+
+  #closeUnused({ channel, users, isReplaced }: Connection): void {
+    if (isReplaced && users === 0 && this.#channels.delete(channel)) channel.close();
   }
 }
 
-/** The promise's answer, or the signal's reason where that comes first. */
-function abortable<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (signal === undefined) return promise;
-  return new Promise((resolve, reject) => {
-    const abort = () => reject(signal.reason as Error);
-    signal.addEventListener("abort", abort, { once: true });
-    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
-  });
+function asIs(bytes: Buffer): Buffer {
+  return bytes;
 }

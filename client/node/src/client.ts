@@ -7,6 +7,9 @@ import { resumeChoice } from "./checkpoints.js";
 import {
   configFormat,
   type ConfigFormatName,
+  LEVELS,
+  listOf,
+  logLevel,
   taskState,
   type TaskStateName,
   trainingType,
@@ -40,14 +43,14 @@ import type {
 } from "./options.js";
 import { maskOf, type ParametersInput, toParameters } from "./parameters.js";
 import { Preparing, READING_MS } from "./preparing.js";
-import { TimeLimit } from "./time_limit.js";
+import { checkMs, shareTime, TimeLimit } from "./time_limit.js";
 import { Cursor, hasEnded, type WatchItem } from "./watch.js";
 import { wordOf } from "./words.js";
 
 // Among which the end of a run is looked for, before all of its events are.
 const LAST_EVENTS = 50;
-
-const LEVELS = ["debug", "info", "warning", "error"];
+// Reason of a `DeadlineExceeded` of what waits.
+const RUN_GOES_ON = "RUN_GOES_ON";
 
 /**
  * The daemon. Connects at the first call.
@@ -100,6 +103,7 @@ export class Client extends Preparing {
     parameters: ParametersInput = {},
     options: CreateTaskOptions = {},
   ): Promise<Task> {
+    options = shareTime(options);
     const request = {
       task: {
         displayName: options.displayName ?? "",
@@ -142,6 +146,7 @@ export class Client extends Preparing {
    * @throws {@link Aborted} It has changed since `etag` was seen.
    */
   async updateTask(name: string, parameters: ParametersInput = {}, options: UpdateTaskOptions = {}): Promise<Task> {
+    options = shareTime(options);
     const { displayName, device } = options;
     const given = toParameters(parameters);
     const updateMask = maskOf({ display_name: displayName, device }, given, options.reset);
@@ -167,6 +172,7 @@ export class Client extends Preparing {
    * @throws {@link Aborted} It has changed since `etag` was seen.
    */
   async deleteTask(name: string, options: DeleteTaskOptions = {}): Promise<DeleteTaskResponse> {
+    options = shareTime(options);
     const allowMissing = options.allowMissing ?? false;
     let whole: string;
     try {
@@ -208,6 +214,7 @@ export class Client extends Preparing {
       discard?: boolean | undefined;
     } = {},
   ): Promise<Task> {
+    options = shareTime(options);
     const request = { name: await this.resolve(name, options), discard: options.discard ?? false };
     return (await this.call(tasks.stopTask, request, options)).task!;
   }
@@ -219,6 +226,7 @@ export class Client extends Preparing {
    * @throws {@link FailedPrecondition} It is neither queued nor running, is stopping, or is a probe.
    */
   async pauseTask(name: string, options: CallOptions = {}): Promise<Task> {
+    options = shareTime(options);
     return (await this.call(tasks.pauseTask, { name: await this.resolve(name, options) }, options)).task!;
   }
 
@@ -230,6 +238,7 @@ export class Client extends Preparing {
    * @throws {@link Aborted} It has changed since `etag` was seen.
    */
   async resumeTask(name: string, options: ChangeOptions = {}): Promise<Task> {
+    options = shareTime(options);
     const request = {
       name: await this.resolve(name, options),
       etag: options.etag ?? "",
@@ -246,6 +255,7 @@ export class Client extends Preparing {
    * @throws {@link FailedPrecondition} It is not queued.
    */
   async moveTask(name: string, position: number, options: CallOptions = {}): Promise<Task> {
+    options = shareTime(options);
     // What a field of 32 bits can't hold is as far from the queue as what it can.
     const bounded = Math.max(-(2 ** 31), Math.min(position, 2 ** 31 - 1));
     const request = { name: await this.resolve(name, options), position: bounded };
@@ -269,20 +279,30 @@ export class Client extends Preparing {
    * Probe a task, wait for the end, and tell what a run of it would take.
    *
    * @throws {@link ProbeFailed} It has failed as a run would, or was stopped; `reason` says why.
+   * @throws {@link DeadlineExceeded} It has not ended within `timeoutMs`; `reason` is `RUN_GOES_ON`.
    * @throws {@link InvalidArgument} Parameters are wrong or missing, all of them in `violations`.
    * @throws {@link FailedPrecondition} It is queued or running already.
    */
   async probeTask(name: string, options: CallOptions = {}): Promise<ProbeReport> {
+    options = shareTime(options);
     const task = await this.startProbe(name, options);
     let report: ProbeReport | undefined;
     let result: Result | undefined;
-    const { signal } = options;
-    for await (const item of this.watchTask(task.name, { afterSeq: task.lastSeq, signal })) {
-      if (item.type !== "event" || item.event.run !== task.run) continue;
-      const { payload } = item.event;
-      if (payload?.$case === "probeReport") report = payload.value;
-      if (payload?.$case === "result") result = payload.value;
-      if (payload?.$case === "stateChange" && payload.value.endReason !== EndReason.UNSPECIFIED) break;
+    const limit = new TimeLimit(options.timeoutMs, options.signal);
+    try {
+      for await (const item of this.watchTask(task.name, { afterSeq: task.lastSeq, signal: limit.signal })) {
+        if (item.type !== "event" || item.event.run !== task.run) continue;
+        const { payload } = item.event;
+        if (payload?.$case === "probeReport") report = payload.value;
+        if (payload?.$case === "result") result = payload.value;
+        if (payload?.$case === "stateChange" && payload.value.endReason !== EndReason.UNSPECIFIED) break;
+      }
+    } catch (error) {
+      if (error !== limit.passed) throw error;
+      const message = `the probe of ${task.displayName} has not ended in time; it goes on`;
+      throw new DeadlineExceeded(message, { reason: RUN_GOES_ON });
+    } finally {
+      limit.clear();
     }
     if (report !== undefined) return report;
     const reason = wordOf(result?.endReason ?? EndReason.UNSPECIFIED, "END_REASON").toUpperCase();
@@ -353,13 +373,17 @@ export class Client extends Preparing {
     }
   }
 
-  /** The log of a task, oldest line first. */
+  /**
+   * The log of a task, oldest line first.
+   *
+   * @throws {@link InvalidArgument} No such level.
+   */
   async *logs(name: string, options: LogsOptions = {}): AsyncGenerator<LogEntry, void, undefined> {
     // A level that a later daemon may send is shown rather than lost.
-    const hidden = LEVELS.slice(0, LEVELS.indexOf(options.level ?? "info"));
+    const hidden: readonly string[] = LEVELS.slice(0, LEVELS.indexOf(logLevel(options.level ?? "info")));
     for await (const { time, run, seq, payload } of this.#eventsOf(name, options)) {
       if (payload?.$case !== "logLine" || hidden.includes(payload.value.level)) continue;
-      if (options.run === undefined || options.run === run) yield { ...payload.value, time, run, seq };
+      if (!options.run || options.run === run) yield { ...payload.value, time, run, seq };
     }
   }
 
@@ -411,6 +435,7 @@ export class Client extends Preparing {
    */
   async wait(name: string, options: WaitOptions = {}): Promise<Task> {
     const { signal, timeoutMs } = options;
+    if (timeoutMs !== undefined) checkMs("timeoutMs", timeoutMs);
     let task = await this.getTask(name, { signal });
     if (!hasEnded(task)) {
       const limit = new TimeLimit(timeoutMs, signal);
@@ -420,7 +445,7 @@ export class Client extends Preparing {
       } catch (error) {
         if (error !== limit.passed) throw error;
         const message = `${task.displayName} has not ended within ${timeoutMs} ms; it goes on`;
-        throw new DeadlineExceeded(message, { reason: "RUN_GOES_ON" });
+        throw new DeadlineExceeded(message, { reason: RUN_GOES_ON });
       } finally {
         limit.clear();
       }
@@ -441,6 +466,7 @@ export class Client extends Preparing {
    * @throws {@link InvalidArgument} A number is out of its range.
    */
   async metrics(name: string, options: MetricsOptions = {}): Promise<Metrics> {
+    options = shareTime(options);
     const request = {
       name: await this.resolve(name, options),
       run: options.run ?? 0,
@@ -475,6 +501,7 @@ export class Client extends Preparing {
       format?: ConfigFormatName | undefined;
     } = {},
   ): Promise<ExportTaskConfigResponse> {
+    options = shareTime(options);
     const format = configFormat(options.format ?? "yaml");
     const request = { name: await this.resolve(name, options), run: options.run ?? 0, format };
     return this.call(tasks.exportTaskConfig, request, options);
@@ -493,6 +520,7 @@ export class Client extends Preparing {
   }
 
   async #start(name: string, options: StartTaskOptions, probe: boolean): Promise<Task> {
+    options = shareTime(options);
     const request = {
       name: await this.resolve(name, options),
       etag: options.etag ?? "",
@@ -513,10 +541,4 @@ export class Client extends Preparing {
       if (item.type === "event") yield item.event;
     }
   }
-}
-
-/** Each of these; one that stands alone is one. */
-function listOf<T extends string>(oneOrMore: T | readonly T[] | undefined): readonly T[] {
-  if (oneOrMore === undefined) return [];
-  return typeof oneOrMore === "string" ? [oneOrMore] : oneOrMore;
 }

@@ -10,9 +10,10 @@ import * as net from "node:net";
 
 import { type ChannelOptions, credentials, type ChannelCredentials, Metadata } from "@grpc/grpc-js";
 
-import { DaemonUnavailable, InvalidArgument, PermissionDenied } from "./errors.js";
+import { DaemonUnavailable, FinetunedError, InvalidArgument, PermissionDenied, refuse } from "./errors.js";
 import { absolute, type Paths, paths, RUNTIME_DIR_VARIABLE } from "./paths.js";
 import { readTLS, type TLS, TLS_HINT, type TLSContent } from "./tls.js";
+import { shown } from "./words.js";
 
 /** Names the daemon's address. */
 export const ADDRESS_VARIABLE = "FINETUNED_ADDRESS";
@@ -87,7 +88,13 @@ export class Endpoint {
   credentials(): ChannelCredentials {
     if (this.#tls === undefined) return credentials.createInsecure();
     const { ca, key, certificate } = this.#tls;
-    return credentials.createSsl(ca ?? null, key ?? null, certificate ?? null);
+    try {
+      return credentials.createSsl(ca ?? null, key ?? null, certificate ?? null);
+    } catch (error) {
+      // The key of another certificate, or what only looks like one.
+      const message = `the files for TLS can't be used together: ${(error as Error).message}`;
+      throw new InvalidArgument(message, { reason: "BAD_TLS", cause: error });
+    }
   }
 
   /** Options of the channel. */
@@ -128,6 +135,17 @@ export class Endpoint {
 
 /** The endpoint to use now. It can change when another daemon takes over. */
 export function findEndpoint(place: Place): Endpoint {
+  try {
+    return find(place);
+  } catch (error) {
+    if (error instanceof FinetunedError) throw error;
+    // A folder that cannot be looked into, or a current folder that is gone.
+    const message = `the daemon's place can't be found: ${(error as Error).message}`;
+    throw new DaemonUnavailable(message, { cause: error });
+  }
+}
+
+function find(place: Place): Endpoint {
   const address = place.address || process.env[ADDRESS_VARIABLE];
   if (address) return endpointOf(address, place, false);
   const here = paths();
@@ -142,6 +160,13 @@ export function findEndpoint(place: Place): Endpoint {
 
 /** Host and port of an address. */
 export function splitAddress(address: string): { host: string; port: number } {
+  const scheme = /^[a-z][a-z0-9+.-]*:\/\//i.exec(address)?.[0];
+  if (scheme !== undefined) {
+    throw new InvalidArgument(
+      `${JSON.stringify(address)} is no address; ${scheme} does not belong there: use host:port, or unix:/path/of.sock`,
+      { reason: "BAD_ADDRESS" },
+    );
+  }
   const colon = address.lastIndexOf(":");
   const host = address.slice(0, Math.max(colon, 0));
   const digits = address.slice(colon + 1);
@@ -175,6 +200,9 @@ function checkOwner(here: Paths): void {
 }
 
 function endpointOf(address: string, place: Place, isDefault: boolean): Endpoint {
+  if (typeof address !== "string") {
+    refuse([{ field: "address", description: `must be unix:/path or host:port, not ${shown(address)}`, reason: "WRONG_TYPE" }]);
+  }
   if (address.startsWith("/")) return endpointOf(`unix:${address}`, place, isDefault);
   if (address.startsWith("unix:")) {
     return new Endpoint(`unix:${absolute(address.slice("unix:".length))}`, isDefault);
@@ -216,7 +244,7 @@ function isHere(host: string): boolean {
 }
 
 function checked(token: string, source: string): string {
-  const trimmed = token.trim();
+  const trimmed = typeof token === "string" ? token.trim() : "\n";
   if (!/^[\x20-\x7e]*$/.test(trimmed)) {
     throw new InvalidArgument(`${source} is no token of a daemon: those are one line of printable ASCII`, {
       reason: "BAD_TOKEN",

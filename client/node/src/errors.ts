@@ -25,13 +25,14 @@
  * A call that was aborted by its `AbortSignal` throws the signal's own reason, as `fetch` does.
  */
 
-import type { Result } from "./gen/finetuned/v1/event.js";
-import type { Task } from "./gen/finetuned/v1/task.js";
+import type { Evidence, Result } from "./gen/finetuned/v1/event.js";
+import type { Parameters } from "./gen/finetuned/v1/parameters.js";
+import type { EndReason, Task } from "./gen/finetuned/v1/task.js";
 import { wordOf } from "./words.js";
 
 /** One wrong field of a request. */
 export interface FieldViolation {
-  /** Path, such as `parameters.training.batch_size`. */
+  /** Path, such as `training.batch_size`; the options of this client as they are written, such as `timeoutMs`. */
   readonly field: string;
   /** A sentence: what is wrong and what would be right. */
   readonly description: string;
@@ -65,6 +66,14 @@ export interface ErrorObject {
   metadata: Record<string, string>;
   /** Every wrong field, or every reason that is in the way; empty for other errors. */
   violations: (FieldViolation | PreconditionViolation)[];
+  /** Of a {@link RunFailed}: parameters that would likely mend it. */
+  fix?: Parameters;
+  /** Of a {@link RunFailed}: why `fix` would mend it, or what to do by hand. */
+  advice?: string;
+  /** Of a {@link RunFailed}: the last metrics and log lines, and the samples it failed with. */
+  evidence?: Evidence;
+  /** Of a {@link RunFailed}: last lines of the traceback or console. */
+  detail?: string;
 }
 
 /** What an error is made from beside its message. */
@@ -223,6 +232,36 @@ export class RunFailed extends FinetunedError {
     super(message, { reason: wordOf(task.endReason, "END_REASON").toUpperCase() });
     this.task = task;
     this.result = result;
+  }
+
+  /** Why it ended. */
+  get endReason(): EndReason {
+    return this.task.endReason;
+  }
+
+  /** Parameters that would likely mend it, for `task.update(error.fix)`; undefined: not known. */
+  get fix(): Parameters | undefined {
+    return this.result?.fix;
+  }
+
+  /** Why `fix` would mend it, or what to do by hand; in English. May be empty. */
+  get advice(): string {
+    return this.result?.advice?.en ?? "";
+  }
+
+  /** The last metrics and log lines, and the samples it failed with. */
+  get evidence(): Evidence | undefined {
+    return this.result?.evidence;
+  }
+
+  /** Last lines of the traceback or console. */
+  get detail(): string {
+    return this.result?.detail ?? "";
+  }
+
+  override toJSON(): ErrorObject {
+    const { advice, detail, evidence, fix } = this;
+    return { ...super.toJSON(), advice, detail, ...(evidence && { evidence }), ...(fix && { fix }) };
   }
 }
 

@@ -1,12 +1,24 @@
 /** A task to work with: what `client.task(name)` and `client.train(...)` return. */
 
+import { inspect, type InspectOptions } from "node:util";
+
 import type { CallOptions } from "./caller.js";
 import type { Client } from "./client.js";
 import type { ConfigFormatName } from "./enums.js";
 import { RunFailed } from "./errors.js";
 import type { Event, ProbeReport } from "./gen/finetuned/v1/event.js";
 import type { EstimateTaskResponse } from "./gen/finetuned/v1/parameter_service.js";
-import { type Checkpoint, type Run, RunPhase, type Task } from "./gen/finetuned/v1/task.js";
+import type { Parameters } from "./gen/finetuned/v1/parameters.js";
+import {
+  type Checkpoint,
+  type EndReason,
+  type Progress,
+  type Run,
+  RunPhase,
+  type Task,
+  type TaskState,
+  type TrainingType,
+} from "./gen/finetuned/v1/task.js";
 import type { DeleteTaskResponse, ExportTaskConfigResponse } from "./gen/finetuned/v1/task_service.js";
 import type { Metrics } from "./metrics.js";
 import type {
@@ -22,6 +34,7 @@ import type {
 } from "./options.js";
 import type { ParametersInput } from "./parameters.js";
 import type { ParameterViolation } from "./preparing.js";
+import { shareTime } from "./time_limit.js";
 import { hasEnded, type WatchItem } from "./watch.js";
 import { wordOf } from "./words.js";
 
@@ -44,6 +57,67 @@ export class TaskHandle {
   /** The task as it was last seen; `refresh` looks again, every verb does, and a watch keeps it up to date. */
   get task(): Task {
     return this.#seen;
+  }
+
+  /** What a user sees. */
+  get displayName(): string {
+    return this.#seen.displayName;
+  }
+
+  /** What it is trained for. */
+  get trainingType(): TrainingType {
+    return this.#seen.trainingType;
+  }
+
+  /** What it trains with. */
+  get parameters(): Parameters | undefined {
+    return this.#seen.parameters;
+  }
+
+  /** Where it stands; `stateName` says it in a word. */
+  get state(): TaskState {
+    return this.#seen.state;
+  }
+
+  /** What a run that goes on does at the moment. */
+  get phase(): RunPhase {
+    return this.#seen.phase;
+  }
+
+  /** Number of the newest run; 0 before the first. */
+  get run(): number {
+    return this.#seen.run;
+  }
+
+  /** How far the newest run is; undefined before its first step. */
+  get progress(): Progress | undefined {
+    return this.#seen.progress;
+  }
+
+  /** Why the newest run ended. */
+  get endReason(): EndReason {
+    return this.#seen.endReason;
+  }
+
+  /** The same in a sentence. */
+  get endMessage(): string {
+    return this.#seen.endMessage;
+  }
+
+  /** Folder of the newest checkpoint; empty where there is none. */
+  get lastCheckpoint(): string {
+    return this.#seen.lastCheckpoint;
+  }
+
+  /** What `console.log` shows. */
+  [inspect.custom](_depth: number, options: InspectOptions): string {
+    const { name, displayName, stateName, run, progress, endMessage } = this;
+    const seen = {
+      ...{ name, displayName, state: stateName, run },
+      ...(progress && { step: progress.step, totalSteps: progress.totalSteps, loss: progress.loss }),
+      ...(endMessage && { endMessage }),
+    };
+    return `TaskHandle ${inspect(seen, options)}`;
   }
 
   /** Where it stands, such as `running`. */
@@ -167,6 +241,7 @@ export class TaskHandle {
 
   /** As `Client.probeTask`. */
   async probe(options: CallOptions = {}): Promise<ProbeReport> {
+    options = shareTime(options);
     const report = await this.#client.probeTask(this.name, options);
     await this.refresh(options);
     return report;

@@ -20,7 +20,7 @@
 export type { CallOptions, ClientOptions, StreamOptions } from "./caller.js";
 export { Client } from "./client.js";
 export { templateDocument, type TemplateDocument } from "./documents.js";
-export type { BadLinePolicyName, ConfigFormatName, TaskStateName, TrainingTypeName } from "./enums.js";
+export type { BadLinePolicyName, ConfigFormatName, LogLevel, TaskStateName, TrainingTypeName } from "./enums.js";
 export {
   Aborted,
   AlreadyExists,
@@ -47,6 +47,7 @@ export {
 } from "./errors.js";
 export { TaskHandle } from "./handle.js";
 export { type DaemonCommand, startDaemon, type StartOptions } from "./launch.js";
+export type { JsonValue } from "./json.js";
 export type { Metrics, Series } from "./metrics.js";
 export type {
   ChangeOptions,
@@ -81,9 +82,14 @@ export {
   BadLinePolicy,
   DataFormat,
   type DatasetReport,
+  type FormatCount,
+  type HistogramBin,
   type InspectionProgress,
+  type RenderedPiece,
   type RenderedSample,
+  type RoleCount,
   type TokenLengths,
+  type TurnCount,
 } from "./gen/finetuned/v1/dataset_service.js";
 export type {
   BestCheckpoint,
@@ -114,9 +120,11 @@ export {
   type ParameterFold,
   type ParameterSection,
   ParameterType,
+  type ParameterViolation as EstimateViolation,
   ResumeEffect,
   type ResumeItem,
   type ResumePlan,
+  Severity,
   type TaskStateLabel,
   type TrainingTypeLabel,
   Widget,

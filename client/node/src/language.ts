@@ -1,6 +1,7 @@
 /** The language of the daemon's sentences. */
 
 import { refuse } from "./errors.js";
+import { shown } from "./words.js";
 
 /** A language that the daemon speaks. */
 export type Language = "en" | "zh";
@@ -16,5 +17,5 @@ export function languageOf(wish: string | undefined): Language {
     return locale.toLowerCase().startsWith("zh") ? "zh" : "en";
   }
   if (wish === "en" || wish === "zh") return wish;
-  return refuse([{ field: "language", description: `must be en or zh, not ${JSON.stringify(wish)}`, reason: "NOT_A_CHOICE" }]);
+  return refuse([{ field: "language", description: `must be en or zh, not ${shown(wish)}`, reason: "NOT_A_CHOICE" }]);
 }

@@ -3,16 +3,18 @@
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import * as fs from "node:fs";
 import * as path from "node:path";
-import { setTimeout as sleep } from "node:timers/promises";
 import { promisify } from "node:util";
 
 import { Client as Channel, status } from "@grpc/grpc-js";
 
 import { ADDRESS_VARIABLE, type Endpoint, findEndpoint, type Place, TOKEN_VARIABLE } from "./connect.js";
-import { DaemonNotStarted, DaemonUnavailable } from "./errors.js";
+import { DaemonNotStarted, DaemonUnavailable, FinetunedError, refuse } from "./errors.js";
 import { system } from "./methods.js";
 import { absolute, paths, RUNTIME_DIR_VARIABLE, STATE_DIR_VARIABLE } from "./paths.js";
+import { pause } from "./signals.js";
+import { checkMs } from "./time_limit.js";
 import type { TLS } from "./tls.js";
+import { shown } from "./words.js";
 
 /** A program that starts the daemon, with its first arguments, such as `["/opt/finetuned/bin/finetuned"]`; `serve` is added. */
 export type DaemonCommand = readonly [string, ...string[]];
@@ -32,6 +34,8 @@ export interface StartOptions {
   command?: DaemonCommand | undefined;
   /** Milliseconds within which the daemon must answer; default 15,000. */
   timeoutMs?: number | undefined;
+  /** Ends the waiting with the signal's reason; a process that was started goes on. */
+  signal?: AbortSignal | undefined;
   /** Called with the path of the daemon's log once its process has been started. */
   onStart?: ((log: string) => void) | undefined;
 }
@@ -49,9 +53,13 @@ const ALREADY_SERVED = 3;
  * @returns Whether a process was started.
  * @throws {@link DaemonNotStarted} It is not installed, ended, or did not answer in time; the message has the end of its log.
  * @throws {@link DaemonUnavailable} Nobody serves the address that was named.
+ * @throws {@link InvalidArgument} An option is none.
  */
 export async function startDaemon(options: StartOptions = {}): Promise<boolean> {
-  const timeoutMs = options.timeoutMs ?? START_MS;
+  const timeoutMs = checkMs("timeoutMs", options.timeoutMs ?? START_MS);
+  if (options.command !== undefined) checkCommand(options.command);
+  const { signal } = options;
+  signal?.throwIfAborted();
   const deadline = performance.now() + timeoutMs;
   const place: Place = { address: options.address, token: options.token, tls: options.tls };
   const endpoint = find(place);
@@ -63,8 +71,7 @@ export async function startDaemon(options: StartOptions = {}): Promise<boolean> 
   }
   const command = options.command ?? (await findCommand());
   const { log } = paths();
-  makePrivate(path.dirname(log));
-  const startOfLog = fs.statSync(log, { throwIfNoEntry: false })?.size ?? 0;
+  const startOfLog = prepareLog(log);
   let daemon = await start(command, log);
   options.onStart?.(log);
   while (performance.now() < deadline) {
@@ -74,18 +81,36 @@ export async function startDaemon(options: StartOptions = {}): Promise<boolean> 
     if (isServed) return true;
     if (exitCode === ALREADY_SERVED) {
       // The one before has closed its socket and still holds its lock.
-      await sleep(POLL_MS);
+      await pause(POLL_MS, signal);
       daemon = await start(command, log);
     } else if (hasEnded) {
       throw new DaemonNotStarted(
         `the daemon ended with ${signalCode ?? `status ${exitCode}`}; the end of ${log}:\n${tail(log, startOfLog)}`,
       );
     }
-    await sleep(POLL_MS);
+    await pause(POLL_MS, signal);
   }
   throw new DaemonNotStarted(
     `the daemon did not answer within ${timeoutMs / 1000} s; the end of ${log}:\n${tail(log, startOfLog)}`,
   );
+}
+
+/** Throws where it can be no command. */
+export function checkCommand(command: unknown): void {
+  const isList = Array.isArray(command) && command.length > 0;
+  if (isList && command.every((word) => typeof word === "string") && command[0] !== "") return;
+  const description = `must be true, false, or a list of program and arguments such as ["finetuned"], not ${shown(command)}`;
+  refuse([{ field: "startDaemon", description, reason: "WRONG_TYPE" }]);
+}
+
+/** Makes the folder of the log; returns where what is written from now on begins. */
+function prepareLog(log: string): number {
+  try {
+    makePrivate(path.dirname(log));
+    return fs.statSync(log, { throwIfNoEntry: false })?.size ?? 0;
+  } catch (error) {
+    throw new DaemonNotStarted(`the daemon's log can't be written: ${(error as Error).message}`, { cause: error });
+  }
 }
 
 function find(place: Place): Endpoint | undefined {
@@ -121,8 +146,9 @@ async function start(command: DaemonCommand, log: string): Promise<ChildProcess>
   for (const variable of [STATE_DIR_VARIABLE, RUNTIME_DIR_VARIABLE]) {
     if (environment[variable]) environment[variable] = absolute(environment[variable]);
   }
-  const output = fs.openSync(log, "a", 0o600);
+  let output: number | undefined;
   try {
+    output = fs.openSync(log, "a", 0o600);
     const [program, ...words] = command;
     const daemon = spawn(program, [...words, "serve"], {
       stdio: ["ignore", output, output],
@@ -140,8 +166,12 @@ async function start(command: DaemonCommand, log: string): Promise<ChildProcess>
     });
     daemon.unref();
     return daemon;
+  } catch (error) {
+    if (error instanceof FinetunedError) throw error;
+    // A log that is none, or a word that no program can take.
+    throw new DaemonNotStarted(`the daemon can't be started: ${(error as Error).message}`, { cause: error });
   } finally {
-    fs.closeSync(output);
+    if (output !== undefined) fs.closeSync(output);
   }
 }
 

@@ -1,10 +1,12 @@
 /** Every rpc of the daemon, by service and name, typed by the generated definitions. */
 
+import { type FieldViolation, refuse } from "./errors.js";
 import { DatasetServiceDefinition } from "./gen/finetuned/v1/dataset_service.js";
 import { ParameterServiceDefinition } from "./gen/finetuned/v1/parameter_service.js";
 import { SystemServiceDefinition } from "./gen/finetuned/v1/system_service.js";
 import { TaskServiceDefinition } from "./gen/finetuned/v1/task_service.js";
 import { TemplateServiceDefinition } from "./gen/finetuned/v1/template_service.js";
+import { shown, snake } from "./words.js";
 
 /** Bytes of a message. */
 interface Writer {
@@ -33,13 +35,30 @@ type MethodsOf<Definitions> = {
     : never;
 };
 
+/** The field that cannot be sent, found by sending each alone. */
+function misfit(request: object, encode: (one: object) => unknown, error: Error): FieldViolation {
+  for (const [name, value] of Object.entries(request)) {
+    try {
+      encode({ [name]: value });
+    } catch {
+      const description = `can't be ${shown(value)}${typeof value === "number" ? ": a whole number that fits is wanted" : ""}`;
+      return { field: snake(name), description, reason: "WRONG_TYPE" };
+    }
+  }
+  return { field: "", description: error.message, reason: "WRONG_TYPE" };
+}
+
 function methodsOf<T extends { fullName: string; methods: Record<string, Definition> }>(service: T): MethodsOf<T["methods"]> {
   const entries = Object.entries(service.methods).map(([key, { name, requestType, responseType }]) => {
     const method: Method<never, unknown> = {
       path: `/${service.fullName}/${name}`,
       encode: (request) => {
-        const message = requestType.fromPartial(request) as never;
-        return Buffer.from(requestType.encode(message).finish());
+        const bytes = (one: never) => requestType.encode(requestType.fromPartial(one) as never).finish();
+        try {
+          return Buffer.from(bytes(request));
+        } catch (error) {
+          return refuse([misfit(request, (one) => bytes(one as never), error as Error)]);
+        }
       },
       decode: (bytes) => responseType.decode(bytes),
     };

@@ -1,7 +1,7 @@
 /** What the methods of a client take beside names and parameters, and what they give line by line. */
 
 import type { CallOptions, StreamOptions } from "./caller.js";
-import type { TaskStateName } from "./enums.js";
+import type { LogLevel, TaskStateName } from "./enums.js";
 import type { LogLine } from "./gen/finetuned/v1/event.js";
 
 /** How a task is created. */
@@ -106,7 +106,7 @@ export interface MetricsOptions extends CallOptions {
 /** Which lines of a log are wanted. */
 export interface LogsOptions extends CallOptions {
   /** The least: `debug`, `info` (default), `warning` or `error`. */
-  level?: "debug" | "info" | "warning" | "error" | undefined;
+  level?: LogLevel | Uppercase<LogLevel> | undefined;
   /** Number of the run. Absent: all. */
   run?: number | undefined;
   /** Go on until the run has ended. */

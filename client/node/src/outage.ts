@@ -2,6 +2,7 @@
 
 import { DaemonUnavailable, type FinetunedError, InternalError } from "./errors.js";
 import { Backoff } from "./session.js";
+import { checkMs } from "./time_limit.js";
 
 // A transport that breaks can look like a fault of the daemon; one that always "breaks" is a fault.
 const MOST_FAULTS = 5;
@@ -37,7 +38,7 @@ export class Outage {
   #delays = new Backoff();
 
   constructor(patienceMs: number | undefined) {
-    this.#patienceMs = patienceMs ?? Infinity;
+    this.#patienceMs = patienceMs === undefined ? Infinity : checkMs("reconnectTimeoutMs", patienceMs);
   }
 
   /** Something has come. */

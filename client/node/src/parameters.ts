@@ -5,9 +5,11 @@
  * there is one set of rules.
  */
 
+import { listOf } from "./enums.js";
 import { type FieldViolation, refuse } from "./errors.js";
 import { PARAMETER_TABLE } from "./gen/parameter_table.js";
 import type { Parameters, StringList } from "./gen/finetuned/v1/parameters.js";
+import { isPlain, shown, snake } from "./words.js";
 
 type Table = typeof PARAMETER_TABLE;
 type Section = keyof Table;
@@ -119,7 +121,7 @@ export function maskOf(
   given: Parameters,
   reset: string | readonly string[] | undefined,
 ): string[] {
-  const wanted = typeof reset === "string" ? [reset] : (reset ?? []);
+  const wanted = listOf(reset).map(String);
   const violations: FieldViolation[] = [];
   const toReset = wanted.map((one) => {
     const path = one.replace(/^parameters\./, "");
@@ -140,6 +142,7 @@ export function maskOf(
 
 function section_(section: string, content: object, violations: FieldViolation[]): Record<string, unknown> {
   const result: Record<string, unknown> = {};
+  const given = new Set<Field>();
   for (const [name, value] of Object.entries(content)) {
     if (value === undefined) continue;
     const field = FIELDS.find((one) => one.section === section && (one.key === name || one.name === name));
@@ -150,11 +153,17 @@ function section_(section: string, content: object, violations: FieldViolation[]
     }
     if (value === null) continue;
     const expected = shape(field.kind, value);
-    if (expected !== "") violations.push(wrong(`${section}.${name}`, expected, value));
-    else if (field.kind === "list") result[field.key] = { values: [...listOf(value)!] };
+    if (given.has(field)) violations.push({ field: field.path, description: twice(field), reason: "GIVEN_TWICE" });
+    else if (expected !== "") violations.push(wrong(field.path, expected, value));
+    else if (field.kind === "list") result[field.key] = { values: [...itemsOf(value)!] };
     else result[field.key] = value;
+    given.add(field);
   }
   return result;
+}
+
+function twice({ key, name }: Field): string {
+  return `is given twice, as ${key} and as ${name}`;
 }
 
 /** What the value should be; empty where it is. */
@@ -170,28 +179,17 @@ function shape(kind: Kind, value: unknown): string {
       if (!Number.isInteger(value)) return "a whole number";
       return Math.abs(value as number) < LARGEST ? "" : "a value that fits"; // beyond 32 bits: it can't even be sent
     case "list":
-      return listOf(value)?.every((item) => typeof item === "string") ? "" : "a list of names";
+      return itemsOf(value)?.every((item) => typeof item === "string") ? "" : "a list of names";
   }
 }
 
-function listOf(value: unknown): readonly unknown[] | undefined {
+function itemsOf(value: unknown): readonly unknown[] | undefined {
   const list = isPlain(value) ? (value as Record<string, unknown>)["values"] : value;
   return Array.isArray(list) ? list : undefined;
 }
 
-function isPlain(value: unknown): value is object {
-  return typeof value === "object" && value !== null && !Array.isArray(value);
-}
-
 function wrong(path: string, expected: string, value: unknown): FieldViolation {
-  let text: string;
-  try {
-    text = JSON.stringify(value) ?? String(value);
-  } catch {
-    text = String(value); // a value that holds itself, or a big integer
-  }
-  if (text.length > 60) text = `${text.slice(0, 57)}...`;
-  return { field: path, description: `must be ${expected}, not ${text}`, reason: WRONG_TYPE };
+  return { field: path, description: `must be ${expected}, not ${shown(value)}`, reason: WRONG_TYPE };
 }
 
 function unknownSection(section: string, content: unknown): FieldViolation {
@@ -230,10 +228,6 @@ function closest(path: string): Field | undefined {
     if (found !== undefined) return found;
   }
   return undefined;
-}
-
-function snake(name: string): string {
-  return name.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
 }
 
 /** The name that is most like the word, if any is: two thirds of their letters in common, in order. */

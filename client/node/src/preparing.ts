@@ -20,9 +20,11 @@ import type {
 } from "./gen/finetuned/v1/system_service.js";
 import type { Task } from "./gen/finetuned/v1/task.js";
 import type { Template } from "./gen/finetuned/v1/template_service.js";
+import type { JsonValue } from "./json.js";
 import { datasets, HEALTH_CHECK, parameters as parameterRpcs, system, tasks, templates } from "./methods.js";
 import { type DevicesItem, DevicesPlace } from "./overview.js";
 import { convertParameters, maskOf, type ParametersInput, toParameters } from "./parameters.js";
+import { checkMs, shareTime } from "./time_limit.js";
 import { wordOf } from "./words.js";
 
 /** Milliseconds for calls that read the whole training file. */
@@ -45,7 +47,7 @@ export interface ParameterViolation {
   /** `error`: it can't be started like this. `warning`: it can, and is probably not what is wanted. `notice`: good to know. */
   readonly severity: "error" | "warning" | "notice";
   /** A value that would be right, of the field's own type; undefined where none is known. */
-  readonly suggestedValue: unknown;
+  readonly suggestedValue: JsonValue | undefined;
   /** The field that `suggestedValue` is for; empty where it is for `field`. */
   readonly suggestedField: string;
 }
@@ -124,6 +126,7 @@ export class Preparing extends Caller {
       allowUnfinished?: boolean | undefined;
     } = {},
   ): Promise<ParameterViolation[]> {
+    options = shareTime(options);
     const { parameters: sendable, violations } = convertParameters(parameters);
     const answer = await this.call(
       parameterRpcs.validateParameters,
@@ -136,11 +139,10 @@ export class Preparing extends Caller {
       options,
       { timeoutMs: READING_MS },
     );
+    // What was not sent because of its shape is not missing as well.
     const wrong = new Set(violations.map((one) => one.field));
-    return [
-      ...violations.map(ofShape),
-      ...answer.violations.map(ofDaemon).filter((violation) => !wrong.has(violation.field)),
-    ];
+    const isTold = (field: string) => wrong.has(field) || wrong.has(field.replace(/\..*/, ""));
+    return [...violations.map(ofShape), ...answer.violations.map(ofDaemon).filter(({ field }) => !isTold(field))];
   }
 
   /**
@@ -160,6 +162,7 @@ export class Preparing extends Caller {
       resume?: string | undefined;
     } = {},
   ): Promise<EstimateTaskResponse> {
+    options = shareTime(options);
     const given = toParameters(parameters);
     const { resume, resumePath } = resumeChoice(options.resume);
     if (resumePath) given.data = { ...given.data, resumeFromCheckpoint: resumePath };
@@ -199,6 +202,7 @@ export class Preparing extends Caller {
       requestId?: string | undefined;
     } = {},
   ): Promise<Template> {
+    options = shareTime(options);
     const answer = await this.call(
       templates.createTemplate,
       {
@@ -222,6 +226,7 @@ export class Preparing extends Caller {
    * @throws {@link NotFound} No such template.
    */
   async getTemplate(name: string, options: CallOptions = {}): Promise<Template> {
+    options = shareTime(options);
     checkName(name, "template");
     if (name.startsWith("templates/")) {
       return (await this.call(templates.getTemplate, { name }, options)).template!;
@@ -270,6 +275,7 @@ export class Preparing extends Caller {
     parameters: ParametersInput = {},
     options: UpdateTemplateOptions = {},
   ): Promise<Template> {
+    options = shareTime(options);
     const given = toParameters(parameters);
     const updateMask = maskOf({ display_name: options.displayName }, given, options.reset);
     const template = {
@@ -296,6 +302,7 @@ export class Preparing extends Caller {
       allowMissing?: boolean | undefined;
     } = {},
   ): Promise<void> {
+    options = shareTime(options);
     const allowMissing = options.allowMissing ?? false;
     let whole: string;
     try {
@@ -340,13 +347,13 @@ export class Preparing extends Caller {
 
   /**
    * Whether the daemon is there and takes calls, by the standard health check of gRPC. It is asked once: that nobody answers is an
-   * answer. `checkEnvironment` tells whether it can train.
+   * answer, and none is started. `checkEnvironment` tells whether it can train.
    *
    * @throws {@link Unauthenticated} It is there, and takes no calls with this token.
    */
   async isServing(options: CallOptions = {}): Promise<boolean> {
     try {
-      return await this.call(HEALTH_CHECK, {}, options, { repeatable: false });
+      return await this.call(HEALTH_CHECK, {}, options, { repeatable: false, starts: false });
     } catch (error) {
       if (error instanceof DaemonUnavailable || error instanceof DeadlineExceeded) return false;
       throw error;
@@ -370,9 +377,9 @@ export class Preparing extends Caller {
    * @throws {@link InvalidArgument} The interval is out of its range.
    * @throws {@link DaemonUnavailable} It was away for longer than `reconnectTimeoutMs`, or never there.
    */
-  watchDevices(options: WatchDevicesOptions = {}): AsyncGenerator<DevicesItem, void, undefined> {
-    const place = new DevicesPlace(options.intervalMs ?? 2000, options.reconnectTimeoutMs);
-    return this.follow(system.watchDevices, place, options);
+  async *watchDevices(options: WatchDevicesOptions = {}): AsyncGenerator<DevicesItem, void, undefined> {
+    const place = new DevicesPlace(checkMs("intervalMs", options.intervalMs ?? 2000), options.reconnectTimeoutMs);
+    yield* this.follow(system.watchDevices, place, options);
   }
 
   /**
@@ -407,6 +414,7 @@ export class Preparing extends Caller {
    * @throws {@link NotFound} No such task.
    */
   async getTask(name: string, options: CallOptions = {}): Promise<Task> {
+    options = shareTime(options);
     checkName(name, "task");
     if (name.startsWith("tasks/")) return (await this.call(tasks.getTask, { name }, options)).task!;
     if (TASK_ID.test(name)) {
@@ -445,9 +453,9 @@ export class Preparing extends Caller {
 }
 
 /** Throws where it can be no name: what came of it would be about another task or template. */
-export function checkName(name: unknown, kind: string): void {
+export function checkName(name: unknown, kind: string): asserts name is string {
   if (typeof name !== "string") {
-    throw new TypeError(`a ${kind}'s name is a string, such as ${kind}.name, not ${typeof name}`);
+    refuse([{ field: "name", description: `must be a string, such as ${kind}.name, not ${typeof name}`, reason: "WRONG_TYPE" }]);
   }
   if (!name.trim()) refuse([{ field: "name", description: `must name a ${kind}, and is empty`, reason: "REQUIRED" }]);
 }
@@ -461,6 +469,6 @@ function ofDaemon(violation: WireViolation): ParameterViolation {
   const { field, reason, message, suggestedField } = violation;
   const word = wordOf(violation.severity, "SEVERITY");
   const severity = word === "warning" || word === "notice" ? word : "error";
-  const suggestedValue: unknown = violation.suggestedValue ?? undefined;
+  const suggestedValue = violation.suggestedValue ?? undefined;
   return { field, reason, message, severity, suggestedValue, suggestedField };
 }

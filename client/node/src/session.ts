@@ -8,6 +8,7 @@ import { type Endpoint, findEndpoint, type Place } from "./connect.js";
 import { DaemonUnavailable, FinetunedError, Unauthenticated } from "./errors.js";
 import { type Language, LANGUAGE_KEY, languageOf } from "./language.js";
 import { REQUEST_ID_KEY } from "./status.js";
+import { checkMs } from "./time_limit.js";
 import { adviseTLS, explainTLS } from "./tls.js";
 
 /** How long a call that can be repeated is repeated while the daemon is away. */
@@ -41,7 +42,12 @@ export class Session {
 
   /** Throws where the client has been closed, so that no watch reconnects after that. */
   checkOpen(): void {
-    if (this.isClosed) throw new FinetunedError("this client is closed", { reason: "CLIENT_CLOSED" });
+    if (this.isClosed) throw this.closed();
+  }
+
+  /** What calls of a closed client end with. */
+  closed(): FinetunedError {
+    return new FinetunedError("this client is closed", { reason: "CLIENT_CLOSED" });
   }
 
   /** Where the daemon is now; a new one may have another port and token. */
@@ -92,8 +98,9 @@ export class Attempts {
   constructor(session: Session, repeatable: boolean, limitMs?: number) {
     this.#session = session;
     this.#repeatable = repeatable;
-    this.#limit = performance.now() + (limitMs ?? Infinity);
-    this.#deadline = performance.now() + Math.min(limitMs ?? Infinity, RETRY_MS);
+    const allMs = limitMs === undefined ? Infinity : checkMs("timeoutMs", limitMs);
+    this.#limit = performance.now() + allMs;
+    this.#deadline = performance.now() + Math.min(allMs, RETRY_MS);
   }
 
   /** Milliseconds that the next attempt may take, where the call by itself has its `own`. */

@@ -5,6 +5,7 @@ import { type Metadata, type ServiceError, status } from "@grpc/grpc-js";
 
 import {
   BY_CODE,
+  DaemonUnavailable,
   FailedPrecondition,
   type FieldViolation,
   type FinetunedError,
@@ -40,6 +41,12 @@ export function fromServiceError(error: ServiceError, sent?: Metadata): Finetune
   let reason = details?.reason ?? "";
   if (code === "RESOURCE_EXHAUSTED" && details === undefined && error.details.includes(TOO_LARGE)) {
     reason = "LIMIT_MESSAGE_BYTES"; // far too large: gRPC itself answers, which knows no reasons
+  }
+  if (code === "CANCELLED" && details === undefined) {
+    // Not by us, who would know it: gRPC ends so what comes while its server stops.
+    const stops = new DaemonUnavailable("the daemon stops", { cause: error });
+    stops.requestId = sent?.get(REQUEST_ID_KEY)[0]?.toString() ?? "";
+    return stops;
   }
   const options = { reason, code, metadata: details?.metadata ?? {}, cause: error };
   const kind = BY_CODE.get(code) ?? InternalError;

@@ -3,6 +3,7 @@
 import type { ClientReadableStream, Metadata } from "@grpc/grpc-js";
 
 import { DaemonUnavailable, type FinetunedError } from "./errors.js";
+import { onAbort } from "./signals.js";
 import { fromServiceError, isServiceError } from "./status.js";
 
 /** A stream this long without message or heartbeat is dead; heartbeats come every 5 s. Tests make it shorter. */
@@ -17,7 +18,7 @@ export class Stream<Message> {
   readonly #messages: AsyncIterator<Message>;
   readonly #sent: Metadata;
   readonly #signal: AbortSignal | undefined;
-  readonly #abort = () => this.#call.cancel();
+  readonly #forget: () => void;
 
   constructor(call: ClientReadableStream<Message>, sent: Metadata, signal: AbortSignal | undefined) {
     this.#call = call;
@@ -26,7 +27,7 @@ export class Stream<Message> {
     // What is cancelled ends with an error, which nobody may be waiting for any more.
     call.on("error", () => undefined);
     this.#messages = (call as AsyncIterable<Message>)[Symbol.asyncIterator]();
-    signal?.addEventListener("abort", this.#abort, { once: true });
+    this.#forget = onAbort(signal, () => call.cancel());
   }
 
   /**
@@ -60,7 +61,7 @@ export class Stream<Message> {
 
   /** Ends it. */
   cancel(): void {
-    this.#signal?.removeEventListener("abort", this.#abort);
+    this.#forget();
     this.#call.cancel();
   }
 }

@@ -9,7 +9,8 @@ import * as path from "node:path";
 import { after, before, test } from "node:test";
 
 import { Client, type ClientOptions, DaemonUnavailable, InvalidArgument, Unauthenticated } from "../src/index.js";
-import { Daemon, PYTHON, REPOSITORY } from "./daemon.js";
+import { splitAddress } from "../src/connect.js";
+import { Daemon, eventually, PYTHON, REPOSITORY } from "./daemon.js";
 
 const plain = new Daemon("--listen", "127.0.0.1:0", "--training-quota", "1000");
 const pki = fs.mkdtempSync(path.join(os.tmpdir(), "ft-"));
@@ -78,6 +79,7 @@ test("TCP takes the token, and nothing without it", async () => {
   await rejects({ address }, Unauthenticated);
   await rejects({ address, token: "wrong" }, Unauthenticated);
   await rejects({ address, token: "not\none line" }, InvalidArgument, /no token/);
+  await rejects({ address, token: 5 as never }, InvalidArgument, /no token/);
 });
 
 test("the token file is for the address that its daemon has announced, and for no other", async () => {
@@ -104,6 +106,35 @@ test("the token file is for the address that its daemon has announced, and for n
   }
 });
 
+test("a connection that another one has replaced is closed", async () => {
+  const { port } = splitAddress(address);
+  const open = new Set<net.Socket>();
+  const between = net.createServer((socket) => {
+    const daemon = net.connect(port, "127.0.0.1");
+    open.add(socket);
+    socket.on("close", () => open.delete(socket)).on("error", () => daemon.destroy());
+    daemon.on("error", () => socket.destroy());
+    socket.pipe(daemon).pipe(socket);
+  });
+  await new Promise<void>((resolve) => between.listen(0, "127.0.0.1", resolve));
+  const client = plain.client({ address: `127.0.0.1:${(between.address() as net.AddressInfo).port}` });
+  try {
+    for (let change = 0; change < 4; change++) {
+      process.env["FINETUNED_TOKEN"] = "another";
+      await assert.rejects(client.systemInfo(), Unauthenticated);
+      process.env["FINETUNED_TOKEN"] = token(plain);
+      assert.equal((await client.systemInfo()).pid, plain.pid);
+    }
+    await eventually(() => open.size === 1, "the old ones are closed", 10);
+    assert.equal((await client.systemInfo()).pid, plain.pid, "and the new one is not");
+  } finally {
+    delete process.env["FINETUNED_TOKEN"];
+    client.close();
+    between.close();
+    for (const socket of open) socket.destroy();
+  }
+});
+
 test("the quota is told", async () => {
   assert.equal((await plain.client().quota()).limit, 1000);
 });
@@ -118,6 +149,8 @@ test("an endpoint shows neither token nor key to whoever logs the client", async
 test("another machine is not called without TLS, and what is no address is named", async () => {
   await rejects({ address: "192.0.2.1:7411" }, InvalidArgument, /without TLS/);
   await rejects({ address: "somewhere" }, InvalidArgument, /is no address/);
+  await rejects({ address: `http://${address}` }, InvalidArgument, /is no address; http:\/\/ does not belong there/);
+  await rejects({ address: 7411 as never }, InvalidArgument, /must be unix:\/path or host:port, not 7411/);
   await rejects({ address: "127.0.0.1:99999" }, InvalidArgument, /is no address/);
 });
 
@@ -135,5 +168,6 @@ test("where a TLS connection does not come about, the error says why and what to
   await rejects({ address, token: token(plain), tls: { ca: file("ca.pem") } }, DaemonUnavailable, /does not speak TLS/);
   await rejects({ ...given, address: announced(secure), tls: trusting() }, DaemonUnavailable, /for another name/);
   await rejects({ ...given, tls: { certificate: file("me.pem") } }, InvalidArgument, /go together/);
+  await rejects({ ...given, tls: { ...trusting(), key: file("daemon.key") } }, InvalidArgument, /can't be used together/);
   await rejects({ ...given, tls: { ca: file("me.key") } }, InvalidArgument, /holds no certificate in PEM/);
 });

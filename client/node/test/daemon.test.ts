@@ -4,7 +4,8 @@ import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import * as path from "node:path";
 import { after, before, beforeEach, test } from "node:test";
-import { promisify } from "node:util";
+import { setTimeout as sleep } from "node:timers/promises";
+import { inspect, promisify } from "node:util";
 
 import {
   Aborted,
@@ -24,6 +25,7 @@ import {
   TrainingType,
   type WatchItem,
 } from "../src/index.js";
+import { shareTime } from "../src/time_limit.js";
 import { all, Daemon, eventually, Scene } from "./daemon.js";
 
 const daemon = new Daemon();
@@ -77,7 +79,12 @@ test("train starts a task, and its watch ends with the run, every event once and
   assert.ok(task.task.createTime instanceof Date);
   assert.equal(task.task.lastSeq, seqs.at(-1));
   assert.equal(task.name, `tasks/${task.id}`);
-  assert.deepEqual(task.task.parameters?.data?.trainFile, scene.data);
+  assert.deepEqual(task.parameters?.data?.trainFile, scene.data);
+  const { displayName, trainingType, state, progress, endReason } = task;
+  assert.deepEqual([displayName, trainingType, state, progress?.step, endReason], [
+    ...["first", TrainingType.SFT, TaskState.COMPLETED, 3, EndReason.FINISHED],
+  ]);
+  assert.match(inspect(task), /^TaskHandle \{\s+name: 'tasks\/.*displayName: 'first',\s+state: 'completed'/s);
 });
 
 test("every wrong field comes in one error, with path, sentence and reason", async () => {
@@ -119,8 +126,59 @@ test("names that there are not are named all at once, with what was probably mea
   const types = await failure(client.createTask("sft", wrong as never), InvalidArgument);
   assert.deepEqual(
     types.violations.filter((one) => one.reason === "WRONG_TYPE").map((one) => one.field),
-    ["training.batchSize", "training.learningRate", "lora.loraTargetModules"],
+    ["training.batch_size", "training.learning_rate", "lora.lora_target_modules"],
   );
+});
+
+test("what has the wrong shape is told once, in the contract's spelling, and what has no fields is not taken for empty", async () => {
+  const violations = await client.validate("sft", { data: { trainFile: 5 }, lora: new Map() } as never);
+  const told = violations.filter((one) => one.field === "data.train_file" || one.field.startsWith("lora"));
+  assert.deepEqual(told.map((one) => [one.field, one.reason]), [
+    ["data.train_file", "WRONG_TYPE"],
+    ["lora", "WRONG_TYPE"],
+  ]);
+  assert.match(told[1]?.message ?? "", /not a Map$/);
+  for (const odd of [new Map(), new Date(), new (class Mine {})(), []]) {
+    await failure(client.createTask("sft", odd as never), InvalidArgument);
+  }
+  const twice = await failure(client.createTask("sft", { training: { batchSize: 4, batch_size: 8 } }), InvalidArgument);
+  assert.match(twice.message, /^training\.batch_size: is given twice, as batchSize and as batch_size$/);
+  assert.equal(twice.requestId, "");
+});
+
+test("what cannot be sent is named at once", async () => {
+  const fields = async (call: Promise<unknown>) =>
+    (await failure(call, InvalidArgument)).violations.map((one) => one.field);
+  const name = "tasks/nobody";
+  assert.deepEqual(await fields(client.moveTask(name, 1.5)), ["position"]);
+  assert.deepEqual(await fields(client.metrics(name, { run: 1.5 })), ["run"]);
+  assert.deepEqual(await fields(all(client.watchTask(name, { afterSeq: 1.5 }))), ["after_seq"]);
+  assert.deepEqual(await fields(all(client.listEvents(name, { afterSeq: NaN }))), ["after_seq"]);
+  assert.deepEqual(await fields(all(client.inspectDataset("/x", "sft", { maxSamples: 0.5 }))), ["max_samples"]);
+  assert.deepEqual(await fields(all(client.listTasks({ states: 42 as never }))), ["states"]);
+  assert.deepEqual(await fields(client.updateTask(name, {}, { reset: 42 as never })), ["42"]);
+});
+
+test("a time that is none is refused, and one that gRPC cannot say is for ever", async () => {
+  for (const timeoutMs of [NaN, -1, "5000ms", null, 5n] as never[]) {
+    const field = (error: InvalidArgument) => error.violations[0]?.field;
+    assert.equal(field(await failure(client.listDevices({ timeoutMs }), InvalidArgument)), "timeoutMs");
+    assert.equal(field(await failure(client.getTask("x", { timeoutMs }), InvalidArgument)), "timeoutMs");
+    assert.equal(field(await failure(client.wait("x", { timeoutMs }), InvalidArgument)), "timeoutMs");
+    const watch = all(client.watchTasks({ reconnectTimeoutMs: timeoutMs }));
+    assert.equal(field(await failure(watch, InvalidArgument)), "reconnectTimeoutMs");
+    if (timeoutMs !== null) assert.throws(() => daemon.client({ timeoutMs }), InvalidArgument);
+  }
+  for (const timeoutMs of [Number.MAX_SAFE_INTEGER, 4e14, Infinity]) {
+    assert.equal((await client.systemInfo({ timeoutMs })).pid, daemon.pid);
+    assert.equal((await daemon.client({ timeoutMs }).systemInfo()).pid, daemon.pid);
+  }
+});
+
+test("the calls of one method share its time", async () => {
+  const options = shareTime({ timeoutMs: 20, device: "cpu" });
+  await sleep(30);
+  assert.deepEqual({ ...options }, { timeoutMs: 0, device: "cpu" });
 });
 
 test("both spellings of a parameter are the same, and a task's own parameters can be given on", async () => {
@@ -163,7 +221,7 @@ test("a name is a resource name, an id or a display name; what there is not is N
   }
   await failure(all(client.watchTask("nobody")), NotFound);
   await failure(client.getTask(" "), InvalidArgument);
-  await failure(client.getTask(task as never), TypeError);
+  assert.match((await failure(client.getTask(task as never), InvalidArgument)).message, /such as task\.name/);
   await failure(client.createTask("sft", {}, { taskId: "by-name" }), AlreadyExists);
   await client.deleteTask("by-name");
   await client.deleteTask("by-name", { allowMissing: true });
@@ -252,6 +310,13 @@ test("a run that fails is a RunFailed with its reason, for whoever waits", async
   assert.equal(error.task.state, TaskState.FAILED);
   assert.equal(task.stateName, "failed");
   assert.equal(error.result?.endReason, EndReason.LOSS_NOT_FINITE);
+  const { advice, detail, evidence, fix } = error;
+  assert.deepEqual([fix, advice, evidence, detail], [
+    ...[error.result.fix, error.result.advice?.en ?? "", error.result.evidence, error.result.detail],
+  ]);
+  const copy = structuredClone(error.toJSON());
+  assert.deepEqual([copy.reason, copy.advice, copy.detail], [error.reason, advice, detail]);
+  assert.deepEqual([copy.fix, copy.evidence], [fix, evidence]);
   assert.equal((await client.wait(task.name)).state, TaskState.FAILED);
 });
 
@@ -268,7 +333,10 @@ test("curves, log, runs, events, checkpoints and settings of a run", async () =>
   const lines = await all(task.logs());
   assert.equal(lines.at(-1)?.text, "a last word");
   assert.deepEqual(await all(task.logs({ follow: true })), lines);
-  assert.deepEqual(await all(task.logs({ level: "error" })), []);
+  assert.deepEqual(await all(task.logs({ level: "ERROR" })), []);
+  assert.deepEqual(await all(task.logs({ run: 0 })), lines);
+  const level = await failure(all(task.logs({ level: "warn" as never })), InvalidArgument);
+  assert.match(level.message, /^level: must be one of debug, info, warning, error, not "warn"$/);
   const [only] = await all(task.runs());
   assert.equal(only?.number, 1);
   const events = await all(task.events({ afterSeq: 2 }));
@@ -292,6 +360,12 @@ test("a probe answers with its report", async () => {
   assert.equal(report.secondsPerStep, 2);
   assert.equal(report.peakMemoryBytes, 3 * 2 ** 30);
   assert.equal((await client.getTask(task.name)).state, TaskState.PENDING);
+});
+
+test("a probe that takes longer than its time is left alone", async () => {
+  const task = await client.createTask("sft", scene.play({ steps: 3, gated: true }), { device: "cpu" });
+  await failure(client.probeTask(task.name, { timeoutMs: 1000 }), DeadlineExceeded);
+  await client.stopTask(task.name, { discard: true });
 });
 
 test("check and estimate: what is wrong is an answer, with what would be right", async () => {
@@ -426,6 +500,23 @@ test("a call ends with the signal's reason, before and while it is made", async 
   await assert.rejects(call, { name: "AbortError" });
   const task = await client.createTask("sft", {});
   await assert.rejects(client.wait(task.name, { signal: AbortSignal.timeout(50) }), { name: "TimeoutError" });
+});
+
+test("one signal can be given to as many calls and streams as one likes", async () => {
+  const warnings: Error[] = [];
+  const take = (warning: Error) => warnings.push(warning);
+  process.on("warning", take);
+  const stop = new AbortController();
+  const { signal } = stop;
+  await Promise.all(Array.from({ length: 12 }, () => client.systemInfo({ signal })));
+  const streams = Array.from({ length: 12 }, () => client.watchTasks({ signal }));
+  await Promise.all(streams.map((one) => one.next()));
+  const ended = streams.map((one) => assert.rejects(all(one), { name: "AbortError" }));
+  stop.abort();
+  await Promise.all(ended);
+  await sleep(0);
+  process.off("warning", take);
+  assert.deepEqual(warnings, []);
 });
 
 test("a call that takes too long is DeadlineExceeded", async () => {

@@ -7,7 +7,15 @@ import * as os from "node:os";
 import * as path from "node:path";
 import { after, test } from "node:test";
 
-import { Client, DaemonNotStarted, DaemonUnavailable, PermissionDenied, startDaemon } from "../src/index.js";
+import {
+  Client,
+  DaemonNotStarted,
+  DaemonUnavailable,
+  DeadlineExceeded,
+  InvalidArgument,
+  PermissionDenied,
+  startDaemon,
+} from "../src/index.js";
 import { paths } from "../src/paths.js";
 import { endRunners, eventually, PYTHON, pythonEnvironment, REPOSITORY } from "./daemon.js";
 
@@ -60,6 +68,54 @@ test("the daemon is started by the first call and lives on after the program tha
   await client.shutdown();
   client.close();
   await eventually(() => !fs.existsSync(paths().socket), "it has ended");
+});
+
+test("a daemon that has ended is started again by the call after the one that found none", async () => {
+  using _ = within(folder("again"));
+  const client = new Client({ startDaemon: command });
+  assert.equal(await client.isServing(), false, "asking starts none");
+  const first = await client.systemInfo();
+  const watch = client.watchTasks();
+  await watch.next();
+  await client.shutdown();
+  await eventually(() => !fs.existsSync(paths().socket), "it has ended");
+  while ((await watch.next()).value?.type !== "connectionLost");
+  assert.equal(await client.isServing(), false, "neither asking nor a watch starts one");
+  await assert.rejects(client.systemInfo({ timeoutMs: 200 }), DaemonUnavailable);
+  const second = await client.systemInfo();
+  assert.notEqual(second.pid, first.pid);
+  while ((await watch.next()).value?.type !== "synced");
+  await client.shutdown();
+  client.close();
+  await assert.rejects(client.systemInfo(), { reason: "CLIENT_CLOSED" });
+});
+
+test("while the daemon starts, the time of a call ends it, and so does closing the client", async () => {
+  using _ = within(folder("slow"));
+  const client = new Client({ startDaemon: [PYTHON, "-c", "import time; time.sleep(5)"] });
+  await assert.rejects(client.systemInfo({ timeoutMs: 100 }), DeadlineExceeded);
+  const call = client.listDevices();
+  const watch = client.watchTasks().next();
+  client.close();
+  await assert.rejects(call, { reason: "CLIENT_CLOSED" });
+  await assert.rejects(watch, { reason: "CLIENT_CLOSED" });
+});
+
+test("a command that is none, and a state folder that is a file, are errors of this package", async () => {
+  for (const odd of ["finetuned", [], [""], [5], 1] as never[]) {
+    assert.throws(() => new Client({ startDaemon: odd }), InvalidArgument);
+    await assert.rejects(startDaemon({ command: odd }), InvalidArgument);
+  }
+  const variables = folder("file");
+  fs.mkdirSync(path.dirname(variables.FINETUNED_STATE_DIR), { recursive: true });
+  fs.writeFileSync(variables.FINETUNED_STATE_DIR, "");
+  using _ = within(variables);
+  const client = new Client({ startDaemon: command });
+  await assert.rejects(client.systemInfo(), (error: Error) => {
+    assert.ok(error instanceof DaemonNotStarted);
+    assert.match(error.message, /^the daemon's log can't be written|^the daemon can't be started: ENOTDIR/);
+    return true;
+  });
 });
 
 test("a daemon that ends at once is told with the end of its log", async () => {

@@ -250,7 +250,7 @@ export interface Result {
   fix:
     | Parameters
     | undefined;
-  /** Last lines of the traceback or console, where it failed. */
+  /** Last lines of the traceback or console, where it failed. Empty where the message says it all. */
   detail: string;
   /** What it can be judged by, where it failed. */
   evidence:

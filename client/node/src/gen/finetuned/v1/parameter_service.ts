@@ -2,6 +2,7 @@
 // source: finetuned/v1/parameter_service.proto
 
 /* eslint-disable */
+import type { JsonValue } from "../../../json.js";
 import { BinaryReader, BinaryWriter } from "@bufbuild/protobuf/wire";
 import { Duration } from "../../google/protobuf/duration.js";
 import { Value } from "../../google/protobuf/struct.js";
@@ -485,7 +486,7 @@ export interface ParameterField {
   discouraged: boolean;
   /** Value where none is given; absent: empty. */
   defaultValue:
-    | any
+    | JsonValue
     | undefined;
   /** Smallest value, inclusive; numbers alone. */
   minimum?:
@@ -537,7 +538,7 @@ export interface Condition {
   /** Holds where the value is one of `values` or, with NONE_OF, is not. */
   operator: ConditionOperator;
   /** Values to compare with; null stands for empty. */
-  values: any[];
+  values: JsonValue[];
 }
 
 /** Request of ValidateParameters. */
@@ -580,7 +581,7 @@ export interface ParameterViolation {
   severity: Severity;
   /** A value that would be right, where one is known. */
   suggestedValue:
-    | any
+    | JsonValue
     | undefined;
   /** The field that `suggested_value` is for, where it is another one than `field`. */
   suggestedField: string;
@@ -637,7 +638,7 @@ export interface EstimateTaskResponse {
     | undefined;
   /**
    * Bytes that the run will leave in the output folder: kept checkpoints, the final model, the merged model. Measured: within
-   * 3 % of the real bytes (README, Estimates).
+   * 3 % of the real bytes (docs/before-the-start.md, Estimates).
    */
   diskBytes: number;
   /** Bytes of one checkpoint. */
@@ -651,7 +652,7 @@ export interface EstimateTaskResponse {
   /**
    * Peak memory of the runner where the longest samples are in one optimizer step: of the GPU where it runs on one, else resident
    * memory of its process, without those that make tokens beside it. Measured on the CPU: within 15 % where that step comes, up to
-   * 20 % more than needed where it does not (README, Estimates).
+   * 20 % more than needed where it does not (docs/before-the-start.md, Estimates).
    */
   peakMemoryBytes: number;
   /** What `peak_memory_bytes` is made of, largest first. */
@@ -720,11 +721,11 @@ export interface ResumeItem {
   effect: ResumeEffect;
   /** Value that the checkpoint was made with; absent where it had none or is no parameter. */
   then:
-    | any
+    | JsonValue
     | undefined;
   /** Value now; absent likewise. */
   now:
-    | any
+    | JsonValue
     | undefined;
   /** A sentence, in the language asked for. */
   message: string;
@@ -1431,7 +1432,7 @@ export const ParameterField: MessageFns<ParameterField> = {
               break;
             }
 
-            message.defaultValue = Value.unwrap(Value.decode(reader, reader.uint32()));
+            message.defaultValue = Value.unwrap(Value.decode(reader, reader.uint32())) as JsonValue;
             continue;
           }
           case 10: {
@@ -1683,7 +1684,7 @@ export const Condition: MessageFns<Condition> = {
               break;
             }
 
-            message.values.push(Value.unwrap(Value.decode(reader, reader.uint32())));
+            message.values.push(Value.unwrap(Value.decode(reader, reader.uint32())) as JsonValue);
             continue;
           }
         }
@@ -1999,7 +2000,7 @@ export const ParameterViolation: MessageFns<ParameterViolation> = {
               break;
             }
 
-            message.suggestedValue = Value.unwrap(Value.decode(reader, reader.uint32()));
+            message.suggestedValue = Value.unwrap(Value.decode(reader, reader.uint32())) as JsonValue;
             continue;
           }
           case 6: {
@@ -2813,7 +2814,7 @@ export const ResumeItem: MessageFns<ResumeItem> = {
               break;
             }
 
-            message.then = Value.unwrap(Value.decode(reader, reader.uint32()));
+            message.then = Value.unwrap(Value.decode(reader, reader.uint32())) as JsonValue;
             continue;
           }
           case 4: {
@@ -2821,7 +2822,7 @@ export const ResumeItem: MessageFns<ResumeItem> = {
               break;
             }
 
-            message.now = Value.unwrap(Value.decode(reader, reader.uint32()));
+            message.now = Value.unwrap(Value.decode(reader, reader.uint32())) as JsonValue;
             continue;
           }
           case 5: {
@@ -2981,7 +2982,7 @@ export const ParameterServiceDefinition = {
   },
 } as const;
 
-type Builtin = Date | Function | Uint8Array | string | number | boolean | undefined;
+type Builtin = JsonValue | Date | Function | Uint8Array | string | number | boolean | undefined;
 
 type DeepPartial<T> = T extends Builtin ? T
   : T extends globalThis.Array<infer U> ? globalThis.Array<DeepPartial<U>>
