@@ -54,7 +54,7 @@ class Bench:
             lines = (folder / "chats.jsonl").read_text().splitlines()
             lines[6] = lines[6][:-2]
             (folder / "broken.jsonl").write_text("\n".join(lines) + "\n")
-            (folder / "run.yaml").write_text(_RUN_YAML)
+            (folder / "run.yaml").write_text(run_yaml())
         # Everything is installed, and a test installs nothing.
         for name in ("pip", "npm"):
             (self.programs / name).write_text("#!/bin/sh\n")
@@ -184,6 +184,14 @@ class Bench:
                     process.kill()
 
 
+def run_yaml() -> str:
+    """The `run.yaml` at the top of the cookbook, as a reader would take it from there."""
+    page = Path(__file__).parents[1] / "docs" / "cookbook.md"
+    found = re.search(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert found is not None
+    return found[1]
+
+
 @contextlib.contextmanager
 def bench(root: Path) -> Iterator[Bench]:
     """A bench that is cleared at the end."""
@@ -193,25 +201,6 @@ def bench(root: Path) -> Iterator[Bench]:
     finally:
         made.close()
 
-
-_RUN_YAML = """\
-training_type: sft
-data:
-  train_file: chats.jsonl
-  model_path: ~/models/small
-  output_dir: out
-training:
-  max_steps: 4
-  batch_size: 2
-  gradient_accumulation_steps: 1
-  max_seq_length: 128
-  learning_rate: 0.0002
-  save_steps: 2
-lora:
-  lora_r: 4
-logging:
-  logging_steps: 1
-"""
 
 _INTERPRETER = """
 import ast, asyncio, contextlib, inspect, io, json, sys, traceback

@@ -6,6 +6,7 @@ import asyncio
 import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
+from datetime import timedelta
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self
@@ -13,10 +14,11 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
-from finetuned import _calls, _prepare
-from finetuned._calls import Call, Steps, T
+from finetuned import _calls, _fork, _prepare
+from finetuned._calls import Call, Steps, T, TaskName
 from finetuned._channel import open_aio_channel
 from finetuned._checkpoints import AsyncCheckpoints, resume_choice
+from finetuned._checks import seconds
 from finetuned._client import Client
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
@@ -90,13 +92,12 @@ class AsyncClient(
         *,
         token: str | None = None,
         start_daemon: bool = False,
-        timeout: float = 10.0,
+        timeout: float | timedelta = 10.0,
         language: str | None = None,
         tls: TLS | None = None,
     ) -> None:
         """Connects at the first call. Arguments as for `Client`."""
-        self._session = Session(address, token, timeout, language, tls)
-        self._session.start = start_daemon
+        self._session = Session(address, token, start_daemon, timeout, language, tls)
         self._address = address
         self._token = token
         self._tls = tls
@@ -105,10 +106,13 @@ class AsyncClient(
         self._stubs: dict[str, Any] = {}
         self._limit: float | None = None
 
-    def with_options(self, *, timeout: float | None = None) -> Self:
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._session.text()}>"
+
+    def with_options(self, *, timeout: float | timedelta | None = None) -> Self:
         """As `Client.with_options`."""
         result = copy.copy(self)
-        result._limit = timeout  # noqa: SLF001 - its own copy
+        result._limit = seconds("timeout", timeout)  # noqa: SLF001 - its own copy
         return result
 
     async def __aenter__(self) -> Self:
@@ -124,6 +128,10 @@ class AsyncClient(
 
     async def close(self) -> None:
         """As `Client.close`."""
+        if self._session.is_forked or not self._session.is_of_this_loop():
+            # The channel is another process' or loop's, and can't be closed from here.
+            self._session.is_closed = True
+            return
         async with self._lock:
             self._session.is_closed = True
             for channel in self._channels:
@@ -160,7 +168,7 @@ class AsyncClient(
             )
         )
 
-    async def get_task(self, name: str) -> Task:
+    async def get_task(self, name: TaskName) -> Task:
         """As `Client.get_task`."""
         return await self._run(_calls.get_task(name))
 
@@ -373,7 +381,7 @@ class AsyncClient(
             max_rendered_samples,
             max_samples,
         )
-        attempts = Attempts(self._session, repeatable=True)
+        attempts = Attempts(self._session, "InspectDataset", repeatable=True)
         while True:
             was_answered = False
             endpoint = await self._connect()
@@ -382,6 +390,7 @@ class AsyncClient(
             call = self._stubs[_calls.DATASET_SERVICE].InspectDataset(
                 request, metadata=self._session.metadata(endpoint)
             )
+            _fork.stream_begins(call)
             try:
                 async for response in call:
                     was_answered = self._session.was_reached = True
@@ -394,6 +403,7 @@ class AsyncClient(
                     raise from_rpc_error(error) from error
                 delay = attempts.after(endpoint, from_rpc_error(error))
             finally:
+                _fork.stream_ends(call)
                 call.cancel()
             await asyncio.sleep(delay)
 
@@ -417,12 +427,12 @@ class AsyncClient(
         """As `Client.shutdown`."""
         await self._run(_calls.shutdown())
 
-    async def _run(self, steps: Steps[T]) -> T:
+    async def _run(self, steps: Steps[T], until: float | None = None) -> T:
         try:
             call = next(steps)
             while True:
                 try:
-                    answer = await self._send(call)
+                    answer = await self._send(call, until)
                 except FinetunedError as error:
                     call = steps.throw(error)
                 else:
@@ -431,10 +441,12 @@ class AsyncClient(
             result: T = end.value
             return result
 
-    async def _send(self, call: Call) -> Any:
-        attempts = Attempts(self._session, call.repeatable, self._limit)
+    async def _send(self, call: Call, until: float | None = None) -> Any:
+        attempts = Attempts(
+            self._session, call.rpc, repeatable=call.repeatable, limit=self._limit, until=until
+        )
         while True:
-            endpoint = await self._connect()
+            endpoint = await self._connect(may_start=call.may_start)
             if endpoint.is_here:
                 make_absolute(call.request)
             method = getattr(self._stubs[call.service], call.rpc)
@@ -442,7 +454,7 @@ class AsyncClient(
             try:
                 answer = await method(
                     call.request,
-                    timeout=attempts.seconds(call.timeout or self._session.timeout),
+                    timeout=attempts.seconds(self._session.own_seconds(call.timeout)),
                     metadata=metadata,
                 )
             except grpc.RpcError as error:
@@ -452,10 +464,12 @@ class AsyncClient(
                 return answer
             await asyncio.sleep(delay)
 
-    async def _connect(self) -> Endpoint:
+    async def _connect(self, *, may_start: bool = True) -> Endpoint:
+        self._session.check_open()
+        self._session.check_loop()
         async with self._lock:
             self._session.check_open()
-            if self._session.start:
+            if self._session.start and may_start:
                 # It waits for a process: in a thread, so that the loop goes on.
                 await asyncio.to_thread(
                     start_daemon, self._address, token=self._token, tls=self._tls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
+from datetime import timedelta
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -94,13 +95,13 @@ class AsyncTaskHandle(SeenTask):
     async def wait(
         self,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - the same for both clients
+        timeout: float | timedelta | None = None,  # noqa: ASYNC109 - the same for both clients
         raise_on_failure: bool = True,
     ) -> Self:
         """Wait for the end of the run. One that is paused or was never started is waited for.
 
         Args:
-            timeout: Seconds to wait at most; the run goes on after that. None: for ever.
+            timeout: Seconds to wait at most, or a `timedelta`. None or `math.inf`: for ever.
             raise_on_failure: Make an end in failure an error.
 
         Raises:

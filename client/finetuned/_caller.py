@@ -6,6 +6,7 @@ import contextlib
 import copy
 import threading
 import time
+from datetime import timedelta
 from typing import Any, Self
 
 import grpc
@@ -13,6 +14,7 @@ import grpc
 from finetuned import _calls
 from finetuned._calls import Call, Steps, T
 from finetuned._channel import open_channel
+from finetuned._checks import seconds
 from finetuned._connect import Endpoint
 from finetuned._errors import FinetunedError
 from finetuned._launch import start_daemon
@@ -35,12 +37,11 @@ class Caller:
         address: str | None,
         token: str | None,
         start: bool,
-        timeout: float,
+        timeout: float | timedelta,
         language: str | None,
         tls: TLS | None,
     ) -> None:
-        self._session = Session(address, token, timeout, language, tls)
-        self._session.start = start
+        self._session = Session(address, token, start, timeout, language, tls)
         self._address = address
         self._token = token
         self._tls = tls
@@ -49,7 +50,10 @@ class Caller:
         self._stubs: dict[str, Any] = {}
         self._limit: float | None = None
 
-    def with_options(self, *, timeout: float | None = None) -> Self:
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._session.text()}>"
+
+    def with_options(self, *, timeout: float | timedelta | None = None) -> Self:
         """The same client with another deadline for its calls, over the same connection.
 
         >>> client.with_options(timeout=2).get_task("greetings").display_name
@@ -63,15 +67,15 @@ class Caller:
                 `DaemonUnavailable`. None: as the client has it.
         """
         result = copy.copy(self)
-        result._limit = timeout  # noqa: SLF001 - its own copy
+        result._limit = seconds("timeout", timeout)  # noqa: SLF001 - its own copy
         return result
 
-    def _run(self, steps: Steps[T]) -> T:
+    def _run(self, steps: Steps[T], until: float | None = None) -> T:
         try:
             call = next(steps)
             while True:
                 try:
-                    answer = self._send(call)
+                    answer = self._send(call, until)
                 except FinetunedError as error:
                     call = steps.throw(error)
                 else:
@@ -80,10 +84,12 @@ class Caller:
             result: T = end.value
             return result
 
-    def _send(self, call: Call) -> Any:
-        attempts = Attempts(self._session, call.repeatable, self._limit)
+    def _send(self, call: Call, until: float | None = None) -> Any:
+        attempts = Attempts(
+            self._session, call.rpc, repeatable=call.repeatable, limit=self._limit, until=until
+        )
         while True:
-            endpoint = self._connect()
+            endpoint = self._connect(may_start=call.may_start)
             if endpoint.is_here:
                 make_absolute(call.request)
             method = getattr(self._stubs[call.service], call.rpc)
@@ -91,7 +97,7 @@ class Caller:
             try:
                 answer = method(
                     call.request,
-                    timeout=attempts.seconds(call.timeout or self._session.timeout),
+                    timeout=attempts.seconds(self._session.own_seconds(call.timeout)),
                     metadata=metadata,
                 )
             except grpc.RpcError as error:
@@ -110,7 +116,7 @@ class Caller:
         as well, but its thread raises where the channel is closed meanwhile.
         """
         time.sleep(min(seconds, _SHORTEST_PAUSE))
-        endpoint = self._connect()
+        endpoint = self._connect(may_start=False)
         with contextlib.suppress(grpc.RpcError):
             self._stubs[_calls.SYSTEM_SERVICE].GetSystemInfo(
                 GetSystemInfoRequest(),
@@ -119,11 +125,12 @@ class Caller:
                 metadata=self._session.metadata(endpoint),
             )
 
-    def _connect(self) -> Endpoint:
+    def _connect(self, *, may_start: bool = True) -> Endpoint:
         """The endpoint, with a channel to it; a new one where the daemon has moved."""
+        self._session.check_open()  # before the lock, which a fork can leave held
         with self._lock:
             self._session.check_open()
-            if self._session.start:
+            if self._session.start and may_start:
                 start_daemon(self._address, token=self._token, tls=self._tls)
                 self._session.start = False
             endpoint = self._session.locate()

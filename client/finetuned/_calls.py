@@ -10,12 +10,13 @@ import re
 import uuid
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
-from finetuned._errors import FieldViolation, InvalidArgument, NotFound
+from finetuned._checks import check_numbers, check_texts, refuse
+from finetuned._errors import FieldViolation, NotFound
 from finetuned._parameters import (
     SECTIONS,
     UNKNOWN_FIELD,
@@ -23,8 +24,7 @@ from finetuned._parameters import (
     fields,
     flatten,
     from_mapping,
-    is_utf8,
-    not_utf8,
+    wrong_type,
 )
 from finetuned.v1 import system_service_pb2 as system
 from finetuned.v1 import task_service_pb2 as tasks
@@ -52,6 +52,20 @@ ALL_PARAMETERS = "parameters"
 # Presets have shorter ids than the daemon takes for others.
 _TEMPLATE_ID = re.compile(r"[a-z][a-z0-9-]{2,62}")
 _TASK_ID = re.compile(r"[a-z][a-z0-9-]{3,62}")
+_RESOURCE = {kind: re.compile(rf"{kind}s/[^/]+") for kind in ("task", "template")}
+
+
+class Named(Protocol):
+    """What has a resource name, such as a `Task` or a handle."""
+
+    @property
+    def name(self) -> str:
+        """Such as `tasks/{task_id}`."""
+        ...
+
+
+TaskName: TypeAlias = str | Named
+"""What a task is asked for by."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,9 @@ class Call:
     repeatable: bool = True
     """Whether the contract says that a repeat is safe."""
     timeout: float | None = None
-    """Seconds; None for the client's own."""
+    """Seconds that it may take, where the client's own are fewer; None for the client's own."""
+    may_start: bool = True
+    """Whether a daemon may be started for it."""
 
 
 Steps = Generator[Call, Any, T]
@@ -105,9 +121,9 @@ def create_task(
     return answer.task
 
 
-def get_task(name: str) -> Steps[Task]:
+def get_task(name: TaskName) -> Steps[Task]:
     """GetTask, by any of its names."""
-    _check_name(name)
+    name = name_of(name)
     if name.startswith("tasks/"):
         answer: tasks.GetTaskResponse = yield Call(
             TASK_SERVICE, "GetTask", tasks.GetTaskRequest(name=name)
@@ -126,9 +142,9 @@ def get_task(name: str) -> Steps[Task]:
     return found.tasks[0]
 
 
-def resolve(name: str) -> Steps[str]:
+def resolve(name: TaskName) -> Steps[str]:
     """The resource name `tasks/{task_id}` for any name of a task."""
-    _check_name(name)
+    name = name_of(name)
     if name.startswith("tasks/"):
         return name
     task = yield from get_task(name)
@@ -137,7 +153,7 @@ def resolve(name: str) -> Steps[str]:
 
 def template_of(name: str) -> Steps[Template]:
     """GetTemplate, by any of its names."""
-    _check_name(name, "template")
+    name = name_of(name, "template")
     if name.startswith("templates/"):
         answer: templates.GetTemplateResponse = yield Call(
             TEMPLATE_SERVICE, "GetTemplate", templates.GetTemplateRequest(name=name)
@@ -158,7 +174,7 @@ def template_of(name: str) -> Steps[Template]:
 
 def resolve_template(name: str) -> Steps[str]:
     """The resource name `templates/{template_id}` for any name of a template."""
-    _check_name(name, "template")
+    name = name_of(name, "template")
     if name.startswith("templates/"):
         return name
     template = yield from template_of(name)
@@ -174,6 +190,7 @@ def mask_of(
         InvalidArgument: A path to reset names no parameter and no section.
     """
     known = {*fields(), *SECTIONS, ALL_PARAMETERS}
+    check_texts(**{f"reset[{place}]": path for place, path in enumerate(items(reset))})
     to_reset = [path.removeprefix("parameters.") for path in items(reset)]
     unknown = [path for path in to_reset if path not in known]
     if unknown:
@@ -185,8 +202,10 @@ def mask_of(
 
 
 def items(one_or_more: str | int | Iterable[T]) -> tuple[Any, ...]:
-    """Each of these; a text or number that stands alone is one, not its letters."""
-    return (one_or_more,) if isinstance(one_or_more, str | int) else tuple(one_or_more)
+    """Each of these; a text, or what is no collection, is one."""
+    if isinstance(one_or_more, str) or not isinstance(one_or_more, Iterable):
+        return (one_or_more,)
+    return tuple(one_or_more)
 
 
 def list_tasks_page(
@@ -213,7 +232,11 @@ def update_task(
     """UpdateTask. With an etag a repeat would be ABORTED, by the change that was made."""
     given = from_mapping(parameters)
     mask = mask_of({"display_name": display_name, "device": device}, flatten(given), reset)
-    check_texts(display_name=display_name or "", device=device or "", etag=etag)
+    check_texts(
+        display_name="" if display_name is None else display_name,
+        device="" if device is None else device,
+        etag=etag,
+    )
     request = tasks.UpdateTaskRequest(
         task=Task(
             name=(yield from resolve(name)),
@@ -293,6 +316,8 @@ def list_runs_page(name: str, page_token: str) -> Steps[tasks.ListRunsResponse]:
 
 def list_events_page(name: str, after_seq: int, run: int) -> Steps[tasks.ListEventsResponse]:
     """One page of ListEvents; `name` is a resource name."""
+    check_numbers(run=run)
+    check_numbers(64, after_seq=after_seq)
     request = tasks.ListEventsRequest(parent=name, after_seq=after_seq, run=run)
     page: tasks.ListEventsResponse = yield Call(TASK_SERVICE, "ListEvents", request)
     return page
@@ -319,34 +344,28 @@ def shutdown() -> Steps[None]:
     yield Call(SYSTEM_SERVICE, "Shutdown", system.ShutdownRequest(), repeatable=False)
 
 
-def _check_name(name: object, kind: str = "task") -> None:
-    """Raise where it can be no name: what came of it would be about another task or template."""
+def name_of(name: object, kind: str = "task") -> str:
+    """The name, or that of the task or handle given.
+
+    Raises:
+        TypeError: It is neither: what came of it would be about another task or template.
+        InvalidArgument: It can be no name.
+    """
+    own: object = getattr(name, "name", None)
+    if isinstance(own, str) and _RESOURCE[kind].fullmatch(own):
+        return own
     if not isinstance(name, str):
         kind_of = type(name).__name__
         raise TypeError(f"a {kind}'s name is a str, such as {kind}.name, not {kind_of}")
     check_texts(name=name)
     if not name.strip():
         refuse([FieldViolation("name", f"must name a {kind}, and is empty", "REQUIRED")])
-
-
-def check_texts(**texts: str) -> None:
-    """Raise where protobuf would, with a sentence."""
-    wrong = [not_utf8(field) for field, text in texts.items() if not is_utf8(text)]
-    if wrong:
-        refuse(wrong)
+    return name
 
 
 def _no_parameter(path: str) -> str:
     close = closest(path)
     return "is no parameter" + (f"; did you mean {close[0]}?" if close else "")
-
-
-def refuse(violations: list[FieldViolation]) -> NoReturn:
-    raise InvalidArgument(
-        "; ".join(f"{v.field}: {v.description}" for v in violations),
-        reason="INVALID_FIELDS",
-        violations=violations,
-    )
 
 
 def training_type_number(value: str | TrainingType.ValueType) -> TrainingType.ValueType:
@@ -364,8 +383,17 @@ def task_state(value: str | TaskState.ValueType) -> TaskState.ValueType:
 
 def enum_number(enum: Any, prefix: str, field: str, value: Any) -> Any:
     """The enum's number for `sft`, `SFT`, `TRAINING_TYPE_SFT` or the number itself."""
-    if not isinstance(value, str):
+    if isinstance(value, int) and not isinstance(value, bool):
+        check_numbers(**{field: value})
         return value
+    if not isinstance(value, str):
+        refuse(
+            [
+                wrong_type(
+                    field, "a word such as " + enum.keys()[1].removeprefix(prefix).lower(), value
+                )
+            ]
+        )
     word = value.upper().removeprefix(prefix)
     choices = [name.removeprefix(prefix).lower() for name in enum.keys()[1:]]
     if word.lower() not in choices:

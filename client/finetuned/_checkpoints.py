@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 from finetuned._caller import Caller
-from finetuned._calls import READING_SECONDS, TASK_SERVICE, Call, Steps, T, check_texts, resolve
+from finetuned._calls import READING_SECONDS, TASK_SERVICE, Call, Steps, T, resolve
+from finetuned._checks import check_texts
 from finetuned.v1 import task_service_pb2 as tasks
 from finetuned.v1.task_pb2 import Checkpoint, ResumeChoice
 from finetuned.v1.task_service_pb2 import DeleteCheckpointResponse

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from datetime import timedelta
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from finetuned import _calls, _prepare
+from finetuned import _calls, _fork, _prepare
+from finetuned._calls import TaskName
 from finetuned._checkpoints import Checkpoints, resume_choice
 from finetuned._export import Exports
 from finetuned._health import Healths
@@ -62,7 +64,7 @@ class Client(Checkpoints, Curves, Exports, Healths, Logs, Overviews, Pauses, Pro
         *,
         token: str | None = None,
         start_daemon: bool = False,
-        timeout: float = 10.0,
+        timeout: float | timedelta = 10.0,
         language: str | None = None,
         tls: TLS | None = None,
     ) -> None:
@@ -73,8 +75,10 @@ class Client(Checkpoints, Curves, Exports, Healths, Logs, Overviews, Pauses, Pro
                 user on this machine.
             token: What TCP demands; else `FINETUNED_TOKEN`, else the token file of this user's
                 daemon, at an address that this daemon has announced and nowhere else.
-            start_daemon: Start the daemon at the first call if none serves. It lives on.
+            start_daemon: Start the daemon at the first call if none serves, and at the next one
+                after a call has found it gone. It lives on.
             timeout: Seconds that a call may take; those that read training data may take longer.
+                `math.inf`: any time.
             language: Of the daemon's sentences, `en` or `zh`; else what `LC_ALL`, `LC_MESSAGES` or
                 `LANG` says.
             tls: Files for TLS; else what `FINETUNED_TLS_CA`, `FINETUNED_TLS_CERT` and
@@ -95,6 +99,9 @@ class Client(Checkpoints, Curves, Exports, Healths, Logs, Overviews, Pauses, Pro
 
     def close(self) -> None:
         """Close the connection; streams under way end. The daemon and its runs go on."""
+        if self._session.is_forked:  # the channel is the parent's, and closing it here would hang
+            self._session.is_closed = True
+            return
         with self._lock:
             self._session.is_closed = True
             for channel in self._channels:
@@ -151,12 +158,12 @@ class Client(Checkpoints, Curves, Exports, Healths, Logs, Overviews, Pauses, Pro
             )
         )
 
-    def get_task(self, name: str) -> Task:
-        """The task as it stands.
+    def get_task(self, name: TaskName) -> Task:
+        """The task as it stands, by any of its names, or of a `Task` or handle seen before.
 
         Raises:
             NotFound: No such task.
-            TypeError: The name is no text; a `Task` has its own in `name`.
+            TypeError: It is none of these.
         """
         return self._run(_calls.get_task(name))
 
@@ -497,7 +504,7 @@ class Client(Checkpoints, Curves, Exports, Healths, Logs, Overviews, Pauses, Pro
             max_rendered_samples,
             max_samples,
         )
-        attempts = Attempts(self._session, repeatable=True)
+        attempts = Attempts(self._session, "InspectDataset", repeatable=True)
         while True:
             was_answered = False
             endpoint = self._connect()
@@ -506,19 +513,23 @@ class Client(Checkpoints, Curves, Exports, Healths, Logs, Overviews, Pauses, Pro
             call = self._stubs[_calls.DATASET_SERVICE].InspectDataset(
                 request, metadata=self._session.metadata(endpoint)
             )
+            _fork.stream_begins(call)
             try:
                 for response in call:
                     was_answered = self._session.was_reached = True
                     item = _prepare.inspect_item(response)
                     if item is not None:
                         yield item
+                        _fork.check(self._session.pid)
                 return
             except grpc.RpcError as error:
                 if was_answered:
                     raise from_rpc_error(error) from error
                 delay = attempts.after(endpoint, from_rpc_error(error))
             finally:
-                call.cancel()
+                _fork.stream_ends(call)
+                if not self._session.is_forked:
+                    call.cancel()
             self._pause(delay)
 
     def system_info(self) -> GetSystemInfoResponse:

@@ -7,6 +7,7 @@ from typing import Any
 
 from finetuned._parameters import flatten
 from finetuned._violations import plain_value
+from finetuned._words import enum_name
 from finetuned.v1.parameter_service_pb2 import GetParameterSchemaResponse
 from finetuned.v1.parameters_pb2 import Parameters
 from finetuned.v1.task_pb2 import TrainingType
@@ -26,7 +27,7 @@ def template_document(
         `kind` (`template`), `training_type`, `display_name`, and `parameters`: section to field to
         value.
     """
-    word = TrainingType.Name(template.training_type).removeprefix("TRAINING_TYPE_").lower()
+    word = enum_name(TrainingType, template.training_type).removeprefix("TRAINING_TYPE_").lower()
     return {
         "kind": "template",
         "training_type": word,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
+from datetime import timedelta
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -100,11 +101,13 @@ class TaskHandle(SeenTask):
             self.name, delete_outputs=delete_outputs, allow_missing=allow_missing
         )
 
-    def wait(self, *, timeout: float | None = None, raise_on_failure: bool = True) -> Self:
+    def wait(
+        self, *, timeout: float | timedelta | None = None, raise_on_failure: bool = True
+    ) -> Self:
         """Wait for the end of the run. One that is paused or was never started is waited for.
 
         Args:
-            timeout: Seconds to wait at most; the run goes on after that. None: for ever.
+            timeout: Seconds to wait at most, or a `timedelta`. None or `math.inf`: for ever.
             raise_on_failure: Make an end in failure an error.
 
         Raises:

@@ -17,7 +17,7 @@ def is_serving() -> Steps[bool]:
     """Check of grpc.health.v1. Not repeated: an absent daemon is an answer."""
     try:
         answer: bytes = yield Call(
-            HEALTH_SERVICE, "Check", GetSystemInfoRequest(), repeatable=False
+            HEALTH_SERVICE, "Check", GetSystemInfoRequest(), repeatable=False, may_start=False
         )
     except (DaemonUnavailable, DeadlineExceeded):
         return False
@@ -30,8 +30,8 @@ class Healths(Caller):
     def is_serving(self) -> bool:
         """Whether the daemon is there and takes calls, by the standard health check of gRPC.
 
-        It is asked once: that nobody answers is an answer. `check_environment` tells whether it can
-        train.
+        It is asked once, and never started: that nobody answers is an answer. `check_environment`
+        tells whether it can train.
 
         Raises:
             Unauthenticated: It is there, and takes no calls with this token.

@@ -21,6 +21,8 @@ _LOG = (
     "border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere"
 )
 _WIDTH, _HEIGHT, _MARGIN = 640, 150, 46
+_LETTER = 6.5
+"""Width of a letter of the curves' labels, about."""
 
 
 def card(
@@ -71,28 +73,33 @@ def curve_svg(curves: Mapping[str, Mapping[int, float]]) -> str:
     first, last, low, high = min(steps), max(steps), min(values), max(values)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    across, down = (_WIDTH - _MARGIN - 8) / (last - first), (_HEIGHT - 30) / (high - low)
+    top_label, bottom_label = f"{high:.4g}", f"{low:.4g}"
+    margin = max(_MARGIN, math.ceil(max(len(top_label), len(bottom_label)) * _LETTER) + 8)
+    across, down = (_WIDTH - margin - 8) / (last - first), (_HEIGHT - 30) / (high - low)
     shapes: list[str] = []
     for number, (name, points) in enumerate(drawn.items()):
         places = [
-            (_MARGIN + (step - first) * across, 8 + (high - value) * down) for step, value in points
+            (margin + (step - first) * across, 8 + (high - value) * down) for step, value in points
         ]
         shapes.append(_shape(name, places, dashed=number > 0))
     names = ", ".join(drawn)
     label = escape(f"{names}, steps {first} to {last}, values {low:.4g} to {high:.4g}")
     bottom = _HEIGHT - 22
+    # Between the first step and the last, which stand at the ends of the same line.
+    room = int((_WIDTH - margin) / _LETTER) - 2 * len(f"  step {last}")
+    shown = names if len(names) <= room else f"{names[: room - 1]}\u2026"
     axis = 'stroke="currentColor" stroke-opacity=".3"'
     text = 'fill="currentColor" fill-opacity=".7" font-size="11"'
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="100%" role="img" aria-label="{label}" '
         f'style="display:block;margin-top:8px;max-width:{_WIDTH}px">'
-        f'<path d="M{_MARGIN} 8V{bottom}H{_WIDTH - 8}" fill="none" {axis}/>'
-        f'<text x="{_MARGIN - 4}" y="14" text-anchor="end" {text}>{high:.4g}</text>'
-        f'<text x="{_MARGIN - 4}" y="{bottom}" text-anchor="end" {text}>{low:.4g}</text>'
-        f'<text x="{_MARGIN}" y="{_HEIGHT - 6}" {text}>{first}</text>'
+        f'<path d="M{margin} 8V{bottom}H{_WIDTH - 8}" fill="none" {axis}/>'
+        f'<text x="{margin - 4}" y="14" text-anchor="end" {text}>{top_label}</text>'
+        f'<text x="{margin - 4}" y="{bottom}" text-anchor="end" {text}>{bottom_label}</text>'
+        f'<text x="{margin}" y="{_HEIGHT - 6}" {text}>{first}</text>'
         f'<text x="{_WIDTH - 8}" y="{_HEIGHT - 6}" text-anchor="end" {text}>step {last}</text>'
-        f'<text x="{(_WIDTH + _MARGIN) // 2}" y="{_HEIGHT - 6}" text-anchor="middle" {text}>'
-        f"{escape(names)}</text>{''.join(shapes)}</svg>"
+        f'<text x="{(_WIDTH + margin) // 2}" y="{_HEIGHT - 6}" text-anchor="middle" {text}>'
+        f"{escape(shown)}</text>{''.join(shapes)}</svg>"
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from finetuned._calls import Steps, T, list_events_page, refuse, resolve
+from finetuned._calls import Steps, T, list_events_page, resolve
+from finetuned._checks import check_numbers, refuse
 from finetuned._errors import FieldViolation
 from finetuned._streams import AsyncStreams, Streams
 from finetuned._watch import Cursor, WatchItem
@@ -16,6 +17,8 @@ from finetuned._words import local
 from finetuned.v1.event_pb2 import Event
 
 LEVELS = ("debug", "info", "warning", "error")
+_SAME = {"warn": "warning", "critical": "error"}
+"""What Python's own logging calls them besides."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class LogFilter:
         Raises:
             InvalidArgument: There is no such level.
         """
+        given = level.lower() if isinstance(level, str) else level  # pyright: ignore[reportUnnecessaryIsInstance]
+        level = _SAME.get(given, given)
+        check_numbers(run=run)
         if level not in LEVELS:
             what = f"must be one of {', '.join(LEVELS)}, not {level!r}"
             refuse([FieldViolation("level", what, "NOT_A_CHOICE")])
@@ -81,7 +87,7 @@ class Logs(Streams):
 
         Args:
             name: The task.
-            level: The least: `debug`, `info`, `warning` or `error`.
+            level: The least: `debug`, `info`, `warning` or `error`; in capitals too.
             run: Number of the run. 0: all.
             follow: Go on until the run has ended.
 

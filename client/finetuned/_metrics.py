@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from finetuned._caller import Caller
-from finetuned._calls import TASK_SERVICE, Call, Steps, T, check_texts, items, resolve
+from finetuned._calls import TASK_SERVICE, Call, Steps, T, items, resolve
+from finetuned._checks import check_numbers, check_texts
 from finetuned._html import curve_svg
 from finetuned.v1.task_service_pb2 import GetMetricsRequest, GetMetricsResponse
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 _TIME = "time"
 _EPOCH = "epoch"
+_DRAWN = 500
+"""Points of a curve that are drawn, about."""
 
 
 @dataclass
@@ -74,7 +78,8 @@ class Metrics:
         """A pandas `DataFrame` with a row for each step.
 
         Columns are `epoch`, `time` (UTC), and one for each value; where a value was not measured at
-        a step, such as `eval_loss` at most of them, it is NaN there.
+        a step, such as `eval_loss` at most of them, it is NaN there. A value that is itself named
+        `epoch` or `time` has the column `epoch_value` or `time_value`.
 
         >>> task = client.task("greetings").start().wait()
         >>> task.metrics().to_pandas()[["epoch", "loss"]].round(2)
@@ -95,13 +100,17 @@ class Metrics:
             times.update(zip(series.steps, series.times, strict=True))
         steps = sorted(epochs)
         columns: dict[str, Any] = {
-            _EPOCH: [epochs[step] for step in steps],
-            _TIME: pandas.to_datetime([times[step] for step in steps], unit="s", utc=True),
+            _EPOCH: pandas.array([epochs[step] for step in steps], dtype="float64"),
+            _TIME: pandas.to_datetime(
+                pandas.array([times[step] for step in steps], dtype="float64"), unit="s", utc=True
+            ),
         }
         index = pandas.Index(steps, dtype="int64", name="step")
         frame: pd.DataFrame = pandas.DataFrame(columns, index=index)
         for name, series in self.series.items():
-            frame[name] = series.to_pandas().reindex(index)
+            frame[f"{name}_value" if name in (_EPOCH, _TIME) else name] = (
+                series.to_pandas().reindex(index)
+            )
         return frame
 
     def _repr_html_(self) -> str:
@@ -109,10 +118,24 @@ class Metrics:
         names = [name for name in ("loss", "eval_loss") if name in self.series]
         drawn = names or list(self.series)[:1]
         curves = {
-            name: dict(zip(self.series[name].steps, self.series[name].values, strict=True))
-            for name in drawn
+            name: _thinned(self.series[name].steps, self.series[name].values) for name in drawn
         }
         return f"<div>{escape(repr(self))}{curve_svg(curves)}</div>"
+
+
+def _thinned(steps: list[int], values: list[float]) -> dict[int, float]:
+    """Points that look the same in a drawing: of each stretch the lowest and the highest."""
+    points = list(zip(steps, values, strict=True))
+    if len(points) <= _DRAWN:
+        return dict(points)
+    kept = {points[0], points[-1]}
+    width = -(-len(points) // (_DRAWN // 2))
+    for begin in range(0, len(points), width):
+        stretch = [point for point in points[begin : begin + width] if math.isfinite(point[1])]
+        if stretch:
+            kept.add(min(stretch, key=lambda point: point[1]))
+            kept.add(max(stretch, key=lambda point: point[1]))
+    return dict(sorted(kept))
 
 
 def _add(metrics: Metrics, answer: GetMetricsResponse) -> None:
@@ -134,6 +157,8 @@ def metrics(
     """GetMetrics, all pages."""
     wanted = items(names)
     check_texts(**{f"names[{place}]": text for place, text in enumerate(wanted)})
+    check_numbers(run=run, max_points=max_points)
+    check_numbers(64, after_step=after_step)
     request = GetMetricsRequest(
         name=(yield from resolve(name)),
         run=run,

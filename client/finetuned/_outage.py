@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+from finetuned._checks import seconds
 from finetuned._errors import DaemonUnavailable, FinetunedError, InternalError
 from finetuned._session import Backoff
 
@@ -23,7 +24,7 @@ class Outage:
         Args:
             patience: Seconds to keep trying in each. None: for ever.
         """
-        self._patience = patience
+        self._patience = seconds("reconnect_timeout", patience)
         self._lost_at: float | None = None
         self._faults = 0
         self._delays = Backoff()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from finetuned._calls import SYSTEM_SERVICE, TASK_SERVICE, items, task_state
+from finetuned._checks import number
 from finetuned._errors import FinetunedError
 from finetuned._outage import Outage
 from finetuned._streams import AsyncStreams, Place, Streams
@@ -109,6 +110,7 @@ class DevicesPlace:
 
     def __init__(self, interval: float, reconnect_timeout: float | None) -> None:
         # Beyond the contract's bounds the daemon says what is wrong; a watchdog needs a time.
+        interval = number("interval", interval)
         self.interval = interval if 0 <= interval <= _LONGEST_INTERVAL else _LONGEST_INTERVAL
         self._asked = interval
         self._outage = Outage(reconnect_timeout)

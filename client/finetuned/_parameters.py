@@ -12,6 +12,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from numbers import Real
 from typing import Any, cast
 
@@ -138,6 +139,11 @@ def not_utf8(field: str) -> FieldViolation:
     return FieldViolation(field, "holds bytes that are no UTF-8", NOT_UTF8)
 
 
+def wrong_type(field: str, expected: str, value: object) -> FieldViolation:
+    """The violation of a value of another type."""
+    return _wrong(field, expected, value)
+
+
 def no_section(section: str, value: object) -> FieldViolation:
     """The violation of a section that holds no fields."""
     return _wrong(section, "a section with fields", value)
@@ -183,6 +189,7 @@ def _set(
         getattr(section, field.name).CopyFrom(StringList(values=items))
         return None
     kind = field.cpp_type
+    value = _plain(value)
     is_number = _is_number(value)
     if kind == FieldDescriptor.CPPTYPE_BOOL and not isinstance(value, bool):
         return _wrong(path, "true or false", value)
@@ -205,6 +212,17 @@ def _set(
     except (ValueError, OverflowError):  # beyond 32 bits: it can't even be sent
         return _wrong(path, "a value that fits", value)
     return None
+
+
+def _plain(value: Any) -> Any:
+    """Truth values of numpy, and decimal numbers, as Python's own."""
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    if isinstance(value, Decimal) and not value.is_nan():
+        # A power of ten without end is no whole number to be written out.
+        is_whole = -(2**63) < value < 2**63 and value == value.to_integral_value()
+        return int(value) if is_whole else float(value)
+    return value
 
 
 def _is_number(value: object) -> bool:

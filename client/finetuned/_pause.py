@@ -12,10 +12,10 @@ from finetuned._calls import (
     Call,
     Steps,
     T,
-    check_texts,
     resolve,
     stop_task,
 )
+from finetuned._checks import check_numbers, check_texts
 from finetuned.v1 import task_service_pb2 as tasks
 from finetuned.v1.task_pb2 import Task
 
@@ -41,6 +41,7 @@ def resume_task(name: str, etag: str, request_id: str) -> Steps[Task]:
 
 def move_task(name: str, position: int) -> Steps[Task]:
     """MoveTask."""
+    check_numbers(4096, position=position)
     # What a field of 32 bits can't hold is as far from the queue as what it can.
     bounded = max(-(2**31), min(position, 2**31 - 1))
     request = tasks.MoveTaskRequest(name=(yield from resolve(name)), position=bounded)

@@ -17,7 +17,6 @@ from finetuned._calls import (
     TEMPLATE_SERVICE,
     Call,
     Steps,
-    check_texts,
     enum_number,
     mask_of,
     resolve,
@@ -26,6 +25,7 @@ from finetuned._calls import (
     training_type_number,
 )
 from finetuned._checkpoints import resume_choice
+from finetuned._checks import check_numbers, check_texts
 from finetuned._errors import NotFound
 from finetuned._parameters import convert, flatten, from_mapping
 from finetuned._violations import ParameterViolation, from_messages, from_shape
@@ -162,7 +162,7 @@ def update_template(
     given = from_mapping(parameters)
     changed = {"display_name": display_name}
     mask = mask_of(changed, flatten(given), reset)
-    check_texts(display_name=display_name or "", etag=etag)
+    check_texts(display_name="" if display_name is None else display_name, etag=etag)
     request = templates.UpdateTemplateRequest(
         template=Template(
             name=(yield from resolve_template(name)),
@@ -203,6 +203,9 @@ def inspect_request(
     """The request of InspectDataset."""
     path, tokenizer_path = os.fspath(path), os.fspath(tokenizer_path)
     check_texts(path=path, tokenizer_path=tokenizer_path)
+    shown = 0 if max_rendered_samples is None else max_rendered_samples
+    check_numbers(max_seq_length=max_seq_length, max_rendered_samples=shown)
+    check_numbers(64, max_samples=max_samples)
     return datasets.InspectDatasetRequest(
         path=path,
         training_type=training_type_number(training_type),

@@ -9,6 +9,7 @@ from finetuned._caller import Caller
 from finetuned._calls import Steps, T, start_task
 from finetuned._errors import ProbeFailed
 from finetuned._watch import WatchItem
+from finetuned._words import enum_name
 from finetuned.v1.event_pb2 import Event, ProbeReport, Result
 from finetuned.v1.task_pb2 import EndReason, ResumeChoice, Task
 
@@ -56,7 +57,7 @@ class ProbeWatch:
         """
         if self.report is None:
             result = self.result or Result()
-            name = EndReason.Name(result.end_reason).removeprefix("END_REASON_")
+            name = enum_name(EndReason, result.end_reason).removeprefix("END_REASON_")
             raise ProbeFailed(result.message, reason=name)
         return self.report
 
@@ -90,6 +91,8 @@ class Probes(Caller):
     def probe_task(self, name: str) -> ProbeReport:
         """Probe a task, wait for the end, and tell what a run of it would take.
 
+        Ctrl-C ends the waiting, not the probe.
+
         Raises:
             ProbeFailed: It has failed as a run would, or was stopped; `reason` says why.
             InvalidArgument: Parameters are wrong or missing, all of them in `violations`.
@@ -97,9 +100,13 @@ class Probes(Caller):
         """
         task = self.start_probe(name)
         probe = ProbeWatch(task)
-        for item in self.watch(task.name, task.last_seq):
-            if probe.take(item):
-                break
+        try:
+            for item in self.watch(task.name, task.last_seq):
+                if probe.take(item):
+                    break
+        except KeyboardInterrupt:
+            # Without the frames of what was waited in.
+            raise KeyboardInterrupt("the probe goes on; end it: client.stop_task(name)") from None
         return probe.answer()
 
 

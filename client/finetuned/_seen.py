@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from finetuned._html import card
 from finetuned._tracker import Tracker
 from finetuned._watch import ENDED, WatchItem
@@ -108,6 +110,17 @@ class SeenTask:
 
     def __hash__(self) -> int:
         return hash(self._message.name)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} holds a connection, and can't be pickled or copied; "
+            "keep task.name, and make one by client.task(name)"
+        )
 
     def __repr__(self) -> str:
         progress = self.progress

@@ -15,7 +15,7 @@ from finetuned._logs import log_entry
 from finetuned._metrics import Metrics
 from finetuned._tracker import Tracker
 from finetuned._watch import ConnectionLost, LogReplaced, WatchItem
-from finetuned._words import local, phase_word, reason_word, state_word
+from finetuned._words import NOTES, local, phase_word, reason_word, state_word
 from finetuned.v1.event_pb2 import Event
 from finetuned.v1.task_pb2 import Task, TaskState
 
@@ -27,10 +27,6 @@ _HISTORY = 200
 _REDRAWS = 4.0
 """A second at most, beside what happens once."""
 
-_NOTES = {
-    TaskState.TASK_STATE_PENDING: "not started; start it: task.start()",
-    TaskState.TASK_STATE_PAUSED: "the run is paused; let it go on: task.resume()",
-}
 _GOES_ON = "the run goes on; show it again: task.show()"
 
 
@@ -67,7 +63,7 @@ class Display:
         """Show the last state; Ctrl-C comes out without the frames of what was waited in."""
         if isinstance(error, KeyboardInterrupt | asyncio.CancelledError):
             is_over = self.tracker.has_ended
-            self.note = "" if is_over else _NOTES.get(self.tracker.state, _GOES_ON)
+            self.note = "" if is_over else NOTES.get(self.tracker.state, _GOES_ON)
         self.draw()
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(self.note) from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from finetuned import _fork
 from finetuned._errors import DaemonUnavailable
 
 SILENCE_SECONDS = 20.0
@@ -21,18 +23,21 @@ def silent(seconds: float) -> DaemonUnavailable:
 class Silence:
     """Cancels a stream on which nothing comes; one thread for each stream."""
 
-    def __init__(self, call: Any, seconds: float) -> None:
+    def __init__(self, call: Any, seconds: float, pid: int) -> None:
         self.error: DaemonUnavailable | None = None
         self._call = call
         self._seconds = seconds
+        self._pid = pid
         self._deadline: float | None = None
         self._closed = threading.Event()
+        _fork.stream_begins(self)
         threading.Thread(target=self._guard, name="finetuned-silence", daemon=True).start()
 
     def messages(self) -> Iterator[Any]:
         """The stream's messages. Time that the caller spends on one does not count as silence."""
         messages = iter(self._call)
         while True:
+            _fork.check(self._pid)
             self._deadline = time.monotonic() + self._seconds
             try:
                 message = next(messages)
@@ -43,7 +48,10 @@ class Silence:
             yield message
 
     def close(self) -> None:
-        """End stream and watchdog."""
+        """End stream and watchdog; in a child of a fork neither is there, and gRPC would hang."""
+        _fork.stream_ends(self)
+        if os.getpid() != self._pid:
+            return
         self._closed.set()
         self._call.cancel()
 

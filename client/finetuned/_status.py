@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from finetuned._errors import (
     BY_CODE,
     REQUEST_ID_KEY,
+    DaemonUnavailable,
     FailedPrecondition,
     FieldViolation,
     FinetunedError,
@@ -22,6 +23,7 @@ from finetuned._errors import (
 )
 
 _TOO_LARGE = "message larger than max"
+_CANCELLED = "CANCELLED"
 
 
 def from_rpc_error(error: grpc.RpcError, sent: Iterable[tuple[str, str]] = ()) -> FinetunedError:
@@ -47,6 +49,9 @@ def from_status(code: str, message: str, status: status_pb2.Status | None) -> Fi
         message: The status message, for people.
         status: The rich status, where the daemon sent one.
     """
+    if code == _CANCELLED and status is None:
+        # Not by us, who would know it: gRPC cancels so what comes while its server stops.
+        return DaemonUnavailable("the daemon stops")
     reason = ""
     if code == ResourceExhausted.code and status is None and _TOO_LARGE in message:
         reason = "LIMIT_MESSAGE_BYTES"  # far too large: gRPC itself answers, which knows no reasons

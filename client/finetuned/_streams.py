@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from finetuned import _silence
+from finetuned import _fork, _silence
 from finetuned._caller import Caller
-from finetuned._errors import FinetunedError
+from finetuned._errors import DeadlineExceeded, FinetunedError
 from finetuned._silence import Silence
 from finetuned._status import from_rpc_error
 
@@ -54,20 +54,36 @@ def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(deadline - time.monotonic(), 0.0)
 
 
+def _pause_of(delay: float, deadline: float | None) -> float:
+    """The pause, cut at the deadline.
+
+    Raises:
+        DeadlineExceeded: It has passed.
+    """
+    left = _left(deadline)
+    if left is None:
+        return delay
+    if not left:
+        raise DeadlineExceeded("the daemon is away")
+    return min(delay, left)
+
+
 class Streams(Caller):
     """How `Client` reads a stream."""
 
     def _follow(self, place: Place[T], deadline: float | None = None) -> Generator[T, None, None]:
         """The stream's items; until the deadline of the monotonic clock, then DeadlineExceeded."""
+        may_start = True
         while True:
             failure: FinetunedError | None = None
-            endpoint = self._connect()
+            endpoint = self._connect(may_start=may_start)
+            may_start = False  # a watch waits for a daemon that has gone
             call = getattr(self._stubs[place.service], place.rpc)(
                 place.request(),
                 metadata=self._session.metadata(endpoint),
                 timeout=_left(deadline),
             )
-            silence = Silence(call, _silence.SILENCE_SECONDS + place.interval)
+            silence = Silence(call, _silence.SILENCE_SECONDS + place.interval, self._session.pid)
             try:
                 for response in silence.messages():
                     self._session.was_reached = True
@@ -83,7 +99,7 @@ class Streams(Caller):
             lost = place.lost(failure)
             if lost is not None:
                 yield lost
-            self._pause(place.delay())
+            self._pause(_pause_of(place.delay(), deadline))
 
 
 class AsyncStreams:
@@ -93,22 +109,26 @@ class AsyncStreams:
         _session: Session
         _stubs: dict[str, Any]
 
-        async def _connect(self) -> Endpoint: ...
+        async def _connect(self, *, may_start: bool = True) -> Endpoint: ...
 
     async def _follow(
         self, place: Place[T], deadline: float | None = None
     ) -> AsyncGenerator[T, None]:
+        may_start = True
         while True:
             failure: FinetunedError | None = None
-            endpoint = await self._connect()
+            endpoint = await self._connect(may_start=may_start)
+            may_start = False
             call = getattr(self._stubs[place.service], place.rpc)(
                 place.request(),
                 metadata=self._session.metadata(endpoint),
                 timeout=_left(deadline),
             )
             quiet = _silence.SILENCE_SECONDS + place.interval
+            _fork.stream_begins(call)
             try:
                 while True:
+                    _fork.check(self._session.pid)
                     response = await asyncio.wait_for(call.read(), quiet)
                     if not isinstance(response, Message):
                         break  # grpc.aio.EOF, which grpc-stubs do not know
@@ -122,10 +142,12 @@ class AsyncStreams:
             except grpc.RpcError as error:
                 failure = from_rpc_error(error)
             finally:
-                call.cancel()
+                _fork.stream_ends(call)
+                if not self._session.is_forked:
+                    call.cancel()
             if failure is not None:
                 failure = self._session.check(endpoint, failure)
             lost = place.lost(failure)
             if lost is not None:
                 yield lost
-            await asyncio.sleep(place.delay())
+            await asyncio.sleep(_pause_of(place.delay(), deadline))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from finetuned._aio_handle import AsyncTaskHandle
 from finetuned._caller import Caller
-from finetuned._calls import Steps, T, create_task, get_task
+from finetuned._calls import Steps, T, TaskName, create_task, get_task
 from finetuned._handle import TaskHandle
 from finetuned.v1.parameters_pb2 import Parameters
 from finetuned.v1.task_pb2 import Task, TrainingType
@@ -73,14 +73,15 @@ class Trains(Caller):
         handle = self._handle(task)
         return handle.wait() if wait else handle
 
-    def task(self, name: str | Task) -> TaskHandle:
+    def task(self, name: TaskName) -> TaskHandle:
         """A task to work with: its attributes, and verbs such as `start`, `wait` and `metrics`.
 
         >>> client.task("Greetings")
         <TaskHandle 'greetings' 'Greetings' pending>
 
         Args:
-            name: Any name of the task; or the `Task` itself, which is not asked for again.
+            name: Any name of the task, or a handle; or the `Task` itself, which is not asked for
+                again.
 
         Raises:
             NotFound: No such task.
@@ -128,7 +129,7 @@ class AsyncTrains:
         handle = self._handle(task)
         return await handle.wait() if wait else handle
 
-    async def task(self, name: str | Task) -> AsyncTaskHandle:
+    async def task(self, name: TaskName) -> AsyncTaskHandle:
         return self._handle(name if isinstance(name, Task) else await self._run(get_task(name)))
 
     def _handle(self, task: Task) -> AsyncTaskHandle:

@@ -11,6 +11,7 @@ from google.protobuf.struct_pb2 import Value
 
 from finetuned._errors import FieldViolation
 from finetuned._parameters import fields
+from finetuned._words import enum_name
 from finetuned.v1 import parameter_service_pb2 as wire
 
 SeverityWord = Literal["error", "warning", "notice"]
@@ -71,7 +72,7 @@ def plain_value(value: Value, path: str = "") -> Any:
 
 
 def _from_message(message: wire.ParameterViolation) -> ParameterViolation:
-    name = wire.Severity.Name(message.severity).removeprefix("SEVERITY_").lower()
+    name = enum_name(wire.Severity, message.severity).removeprefix("SEVERITY_").lower()
     return ParameterViolation(
         field=message.field,
         reason=message.reason,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from finetuned import _calls
+from finetuned._checks import check_numbers, check_texts
 from finetuned._errors import DaemonUnavailable, EventsLost, FinetunedError, OutOfRange
 from finetuned._outage import Outage
 from finetuned.v1.event_pb2 import Event
@@ -65,6 +66,8 @@ class Cursor:
         until_end: bool,
         reconnect_timeout: float | None,
     ) -> None:
+        check_numbers(64, after_seq=after_seq)
+        check_texts(log_epoch=log_epoch)
         self.is_done = False
         self._name = name
         self._seq = after_seq

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -35,12 +36,14 @@ def reason_word(reason: EndReason.ValueType) -> str:
     return _word(EndReason, "END_REASON_", reason)
 
 
-def _word(enum: type[TaskState] | type[RunPhase] | type[EndReason], prefix: str, value: int) -> str:
-    if not value:
-        return ""
-    # A later daemon may send one that this client does not know.
+def enum_name(enum: Any, value: int) -> str:
+    """The name of an enum's value; its number where a later daemon sends one unknown here."""
     known = enum.DESCRIPTOR.values_by_number.get(value)
-    name = known.name if known is not None else str(value)
+    return str(known.name if known is not None else value)
+
+
+def _word(enum: Any, prefix: str, value: int) -> str:
+    name = enum_name(enum, value) if value else ""
     return name.removeprefix(prefix).lower().replace("_", " ")
 
 
@@ -54,3 +57,11 @@ def duration_text(seconds: float) -> str:
     minutes, second = divmod(max(round(seconds), 0), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+NOTES = {
+    TaskState.TASK_STATE_PENDING: "not started; start it: task.start()",
+    TaskState.TASK_STATE_QUEUED: "the run waits in the queue, and starts by itself",
+    TaskState.TASK_STATE_PAUSED: "the run is paused; let it go on: task.resume()",
+}
+"""What is to be known of a task of which more was awaited; of others, that the run goes on."""

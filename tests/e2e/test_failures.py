@@ -233,9 +233,10 @@ def test_without_a_fix_it_says_what_to_do_by_hand(
     assert "no fix is known: Look at the device" in answer.stderr
     answer = ctl("task", "fix", failed.display_name, "--json", "--yes")
     assert answer.returncode == 1
-    content = json.loads(answer.stdout)
-    assert content["changes"] == []
-    assert content["why"].startswith("Look at the device")
+    assert answer.stdout == ""
+    error = json.loads(answer.stderr)["error"]
+    assert error["reason"] == "NO_FIX"
+    assert error["message"].startswith("no fix is known: Look at the device")
     assert daemon.get(task.name) == failed
 
 

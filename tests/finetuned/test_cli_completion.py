@@ -18,6 +18,9 @@ from terminal import CTL, Terminal
 
 Complete = Callable[..., "list[str]"]
 
+ODD = """odd $(touch hit) `touch hit` "; touch hit; '; touch hit; !x \\ $HOME end"""
+"""A name that does all that it can to be run by a shell."""
+
 SHELLS = {
     "bash": (["--norc", "--noprofile", "-i"], "source <(finetunectl completion bash)"),
     "zsh": (["-f", "-i"], "source <(finetunectl completion zsh)"),
@@ -38,6 +41,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         daemon.wait(done.name, "COMPLETED")
         create(daemon, scene.play(), "idle-1", "idle: one")
         create(daemon, scene.play(), "idle-2", "idle: two")
+        create(daemon, scene.play(), "odd-1", ODD)
         yield daemon
     scene.close()
 
@@ -142,12 +146,22 @@ def shell(
     request: pytest.FixtureRequest, environment: dict[str, str], tmp_path: Path
 ) -> Iterator[Terminal]:
     """A shell on a terminal, in which completion is loaded."""
-    program = shutil.which(request.param)
+    yield from _terminal(request.param, environment, tmp_path)
+
+
+@pytest.fixture
+def bash(environment: dict[str, str], tmp_path: Path) -> Iterator[Terminal]:
+    """Bash, likewise."""
+    yield from _terminal("bash", environment, tmp_path)
+
+
+def _terminal(name: str, environment: dict[str, str], folder: Path) -> Iterator[Terminal]:
+    program = shutil.which(name)
     if program is None:
-        pytest.skip(f"{request.param} is not installed")
-    options, load = SHELLS[request.param]
-    (tmp_path / "chats.jsonl").touch()
-    terminal = Terminal(environment, tmp_path, options, program=program)
+        pytest.skip(f"{name} is not installed")
+    options, load = SHELLS[name]
+    (folder / "chats.jsonl").touch()
+    terminal = Terminal(environment, folder, options, program=program)
     # The text is not in the line that was typed.
     terminal.type(f"{load}; echo rea''dy\n".encode())
     terminal.read_until("ready\r\n")
@@ -174,6 +188,40 @@ def test_a_shell_completes_commands_names_parameters_and_files(shell: Terminal) 
         shell.type(typed.encode())
         shell.read_until(completed)
         shell.type(b"\x15")  # forget the line
+
+
+@pytest.mark.parametrize(
+    "word", ['"odd ', "'odd ", "odd\\ ", '"od"\\d\\ ', 'o"dd ', "''\"odd $", '"odd \\$(t']
+)
+def test_bash_takes_a_completed_name_for_a_name_and_runs_nothing_in_it(
+    bash: Terminal, tmp_path: Path, word: str
+) -> None:
+    bash.type(f"finetunectl task show --json {word}\t".encode())
+    if word.startswith('"od"'):  # nothing is put behind a quote that is closed
+        bash.type(b"\t\x15echo un''touched\n")
+        bash.read_until("untouched\r\n")
+    else:
+        bash.type(b"\n")
+        bash.read_until(f'"display_name": {json.dumps(ODD)}')
+    assert not (tmp_path / "hit").exists()
+
+
+def test_bash_completes_within_quotes_what_has_a_break_in_it(bash: Terminal) -> None:
+    for typed, name in (('"idle: o', "one"), ("'idle: t", "two"), ("idle\\:\\ o", "one")):
+        bash.written = ""
+        bash.type(f"finetunectl task show --json {typed}\t\n".encode())
+        bash.read_until(f'"display_name": "idle: {name}"')
+
+
+def test_bash_lists_a_file_named_by_a_pattern_once(bash: Terminal, tmp_path: Path) -> None:
+    for name in ("*", "a", "b"):
+        (tmp_path / name).touch()
+    bash.type(b"COMP_TYPE=9 COMP_LINE='finetunectl train --data ' COMP_POINT=25\n")
+    bash.type(b"_finetunectl finetunectl '' --data\n")
+    bash.type(b"printf '<%s>' \"${COMPREPLY[@]}\"; echo e''nd\n")
+    bash.read_until(">end\r\n")
+    shown = [line for line in bash.plain.splitlines() if line.endswith(">end")][-1]
+    assert sorted(shown.removesuffix("end")[1:-1].split("><")) == ["*", "a", "b", "chats.jsonl"]
 
 
 def test_the_script_is_installed_loaded_and_taken_away(
@@ -205,6 +253,17 @@ def test_the_script_is_installed_loaded_and_taken_away(
     assert ctl("completion", "uninstall", "bash").status == 0
     assert not script.exists()
     assert start.read_bytes() == lines[0] + b"\n"
+
+    # A file that was not there, and only that, goes again.
+    for there in (False, True):
+        start.unlink()
+        if there:
+            start.touch()
+        assert ctl("completion", "install", "bash").status == 0
+        assert ctl("completion", "install", "bash").status == 0
+        assert ctl("completion", "uninstall", "bash").status == 0
+        assert start.exists() == there
+        start.touch()
 
     assert ctl("completion", "install").out.splitlines() == [
         f"{tmp_path}/.local/share/finetuned/completion/finetunectl.zsh written",

@@ -21,7 +21,7 @@ from finetuned._errors import (
 from finetuned.cli import quick
 from finetuned.cli.next_step import BY_CODE, BY_REASON, next_command
 from finetuned.cli.settings import Settings
-from inside import Inside, environment_of, shared_daemon
+from inside import Inside, create, environment_of, shared_daemon
 
 if TYPE_CHECKING:
     from conftest import Scene
@@ -156,6 +156,10 @@ def test_another_machine_without_tls_wants_its_ca(alone: Inside) -> None:
         (["train", "--model"], "finetunectl train --help"),
         (["task", "logs", "x", "--level", "loud"], "finetunectl task logs --help"),
         (["xyzzy"], "finetunectl --help"),
+        (["--json", "task", "list"], "finetunectl task list --json"),
+        (["--state", "failed", "task", "list"], "finetunectl task list --state failed"),
+        (["task", "--json", "show", "--", "-x"], "finetunectl task show --json -- -x"),
+        (["--color", "loud", "task", "list"], "finetunectl --help"),
         (["train", "-f", "missing.yaml"], "finetunectl train --help"),
         (["train", "--set", "training.batch_size=x"], "finetunectl params training.batch_size"),
         (["train", "--set", "training.batchsize=4"], "finetunectl params training"),
@@ -227,12 +231,69 @@ def test_what_needs_a_yes_says_how_to_give_it(ctl: Inside, scene: Scene) -> None
 
 
 def test_there_is_nothing_to_watch(
-    alone: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alone: Inside, scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What has never been started isn't waited for; what has run is shown before it."""
     with shared_daemon(tmp_path / "empty") as daemon:
         for name, value in environment_of(daemon).items():
             monkeypatch.setenv(name, value)
         assert alone("task", "watch").next == "finetunectl train --help"
+        create(daemon, scene.play(), "first", "first")
+        answer = alone("task", "watch", "--json")
+        assert (answer.status, answer.error["reason"]) == (1, "NOT_STARTED")
+        assert answer.error["next"] == "finetunectl task start first --watch"
+        assert alone(*shlex.split(answer.error["next"])[1:]).status == 0
+        create(daemon, scene.play(), "second", "second")
+        answer = alone("task", "watch", "--json")
+        assert (answer.status, answer.lines[0]["snapshot"]["task"]["name"]) == (0, "tasks/first")
+
+
+def test_what_failed_is_never_suggested_again(ctl: Inside, scene: Scene) -> None:
+    make(ctl, scene, "tasks/zzz")
+    answer = ctl("task", "stop", "--", "tasks/zzz")
+    assert answer.status == 1
+    name = ctl("task", "list", "--json").json[0]["name"]
+    assert answer.next == f"finetunectl task stop -- {name}"
+    assert ctl("task", "stop", name).next == f"finetunectl task show {name}"
+
+
+def test_a_start_may_be_told_to_detach_as_it_does(ctl: Inside, scene: Scene) -> None:
+    scene.play(steps=1)
+    make(ctl, scene, "detached")
+    assert ctl("task", "start", "detached", "--detach", "--watch").status == 2
+    answer = ctl("task", "start", "detached", "--detach", "--json")
+    assert answer.json["state"] in ("TASK_STATE_QUEUED", "TASK_STATE_RUNNING")
+
+
+def test_where_no_fix_is_known_it_is_an_error_with_a_next_step(ctl: Inside, scene: Scene) -> None:
+    scene.play()
+    make(ctl, scene, "well")
+    answer = ctl("task", "fix", "well", "--json")
+    assert (answer.status, answer.out, list(answer.error)) == (1, "", KEYS)
+    assert answer.error["reason"] == "NO_FIX"
+    assert "finds nothing that is wrong" in answer.error["message"]
+    assert answer.error["next"] == ctl("task", "fix", "well").next == "finetunectl task show well"
+
+
+def test_the_page_about_json_has_every_reason_of_the_command_line() -> None:
+    cli = Path(quick.__file__).parent
+    text = "".join(file.read_text() for file in cli.glob("*.py"))
+    reasons = set(re.findall(r'reason(?:: str = |=)"([A-Z_]+)"', text))
+    page = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| `reason`"))
+    assert reasons
+    assert reasons <= set(re.findall(r"`([A-Z_]+)`", row))
+
+
+def test_errors_have_the_codes_that_the_page_says(alone: Inside, tmp_path: Path) -> None:
+    for arguments, reason in (
+        (("task", "list", "--nonsense", "--json"), "USAGE"),
+        (("template", "import", "missing.yaml", "--json"), "BAD_FILE"),
+    ):
+        error = alone(*arguments).error
+        found = {error["reason"], *(one["reason"] for one in error["violations"])}
+        assert reason in found, error
+        assert error["code"] == "INVALID_ARGUMENT"
 
 
 def test_an_error_that_no_table_knows_is_still_shown() -> None:

@@ -167,9 +167,14 @@ def test_commands_about_tasks(ctl: Inside, stage: Scene, promised: dict[str, str
     look("task stop", "two", "--wait")
     look("task delete", "two", "--yes")
 
+    stage.play(fail={"step": 1, "reason": "DEVICE_OUT_OF_MEMORY", "above": 2})
+    large = ("--set", "training.batch_size=8")
+    assert ctl("train", *files, *large, "--name", "large", "--json").status == 1
+    look("task fix", "large", "--yes")
     stage.play(exit=[1, 7])
     assert ctl("train", *files, "--name", "bad", "--json").status == 1
-    look("task fix", "bad", "--yes", status=1)
+    answer = ctl("task", "fix", "bad", "--yes", "--json")
+    assert (answer.status, answer.out, answer.error["reason"]) == (1, "", "NO_FIX")
 
 
 def test_commands_about_parameters_and_data(

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from daemon_process import Daemon
 from finetuned import (
     AlreadyExists,
+    AsyncClient,
+    Client,
     ConnectionLost,
     DaemonUnavailable,
+    DeadlineExceeded,
     EndReason,
     Event,
     FailedPrecondition,
@@ -27,7 +34,10 @@ from finetuned import (
     TaskState,
     Unauthenticated,
 )
+from finetuned._checks import seconds
 from finetuned._connect import find
+from finetuned._parameters import from_mapping
+from finetuned.v1.template_service_pb2 import Template
 
 if TYPE_CHECKING:
     from conftest import Scene
@@ -48,7 +58,7 @@ async def test_a_task_goes_by_any_of_its_names(client: Any, scene: Scene) -> Non
     assert task.state == TaskState.TASK_STATE_PENDING
 
 
-@pytest.mark.parametrize("name", [None, 4, b"a", Task(name="tasks/a")])
+@pytest.mark.parametrize("name", [None, 4, b"a", Task(name="runs/a"), Template(name="templates/a")])
 async def test_a_name_that_is_no_text_is_a_type_error(make: Make, name: Any) -> None:
     nowhere = make("unix:/nowhere.sock")
     for call in (nowhere.get_task, nowhere.start_task, nowhere.stop_task, nowhere.delete_task):
@@ -73,6 +83,91 @@ async def test_texts_that_are_no_utf8_are_all_named(make: Make) -> None:
     assert [v.field for v in caught.value.violations] == ["display_name", "device"]
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments", "options", "field"),
+    [
+        ("create_task", ["sft"], {"device": 3}, "device"),
+        ("create_task", [2.5], {}, "training_type"),
+        ("update_task", ["tasks/a"], {"display_name": 0}, "display_name"),
+        ("update_task", ["tasks/a"], {"reset": 3}, "reset[0]"),
+        ("list_tasks", [3.5], {}, "states"),
+        ("metrics", ["tasks/a"], {"run": "1"}, "run"),
+        ("metrics", ["tasks/a"], {"max_points": 3.0}, "max_points"),
+        ("metrics", ["tasks/a"], {"names": 3}, "names[0]"),
+        ("metrics", ["tasks/a"], {"after_step": 10**30}, "after_step"),
+        ("list_events", ["tasks/a", "1"], {}, "after_seq"),
+        ("logs", ["tasks/a"], {"run": True}, "run"),
+        ("logs", ["tasks/a"], {"level": 3}, "level"),
+        ("watch", ["tasks/a", 1.5], {}, "after_seq"),
+        ("watch", ["tasks/a"], {"reconnect_timeout": "x"}, "reconnect_timeout"),
+        ("watch_devices", ["2"], {}, "interval"),
+        ("move_task", ["tasks/a", "first"], {}, "position"),
+        ("inspect_dataset", ["/a"], {"max_samples": 1.0}, "max_samples"),
+        ("wait", ["tasks/a"], {"timeout": "5"}, "timeout"),
+        ("wait", ["tasks/a"], {"timeout": math.nan}, "timeout"),
+        ("wait", ["tasks/a"], {"timeout": -5}, "timeout"),
+        ("wait", ["tasks/a"], {"timeout": timedelta(seconds=-1)}, "timeout"),
+    ],
+)
+async def test_an_argument_of_a_wrong_type_is_refused_by_its_name(
+    make: Make, method: str, arguments: list[Any], options: dict[str, Any], field: str
+) -> None:
+    answer = getattr(make("unix:/nowhere.sock"), method)(*arguments, **options)
+    with pytest.raises(InvalidArgument) as caught:
+        await (listed(answer) if hasattr(answer, "__aiter__") else answer)
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+@pytest.mark.parametrize("timeout", ["x", math.nan, -1, True])
+def test_a_client_wants_a_number_of_seconds(make: Make, timeout: Any) -> None:
+    for refused in (
+        lambda: make(timeout=timeout),
+        lambda: Client("unix:/nowhere.sock").with_options(timeout=timeout),
+        lambda: AsyncClient("unix:/nowhere.sock").with_options(timeout=timeout),
+    ):
+        with pytest.raises(InvalidArgument, match="timeout: must be"):
+            refused()
+
+
+def test_what_has_no_end_is_no_deadline() -> None:
+    """gRPC has no room for it, and would end the call at once."""
+    assert [seconds("t", value) for value in (None, math.inf, 1e18)] == [None] * 3
+    assert [seconds("t", value) for value in (0, 2.5, timedelta(minutes=1))] == [0, 2.5, 60]
+
+
+async def test_a_wait_without_end_waits(make: Make, daemon: Daemon, scene: Scene) -> None:
+    client = make(daemon.address, timeout=math.inf)
+    task = await client.train("sft", scene.play(steps=1), device="cpu")
+    assert (await client.wait(task.name, timeout=1e18)).state == TaskState.TASK_STATE_COMPLETED
+    assert (await client.wait(task, timeout=timedelta(days=1))).name == task.name
+    assert (await client.get_task(await client.get_task(task))).name == task.name
+    assert "unix:" in repr(client)
+    await client.close()
+    assert repr(client).endswith(", closed>")
+
+
+async def test_a_wait_that_is_over_says_what_the_task_waits_for(client: Any) -> None:
+    await client.create_task("sft", display_name="idle")
+    with pytest.raises(DeadlineExceeded, match=r"idle has not ended within 0.1 s; not started"):
+        await client.wait("idle", timeout=0.1)
+
+
+def test_a_client_for_asyncio_says_that_it_is_of_another_loop(daemon: Daemon) -> None:
+    client = AsyncClient(daemon.address)
+
+    async def used() -> None:
+        async with client:
+            await client.list_devices()
+
+    async def first() -> None:
+        await client.list_devices()
+
+    asyncio.run(first())
+    with pytest.raises(FinetunedError) as caught:
+        asyncio.run(used())
+    assert caught.value.reason == "CLIENT_OTHER_LOOP"
+
+
 async def test_parameters_may_be_a_mapping(client: Any, scene: Scene) -> None:
     task = await client.create_task("sft", {"training": {"batch_size": 7}})
     assert task.parameters.training.batch_size == 7
@@ -94,6 +189,16 @@ async def test_a_deleted_task_is_gone(client: Any) -> None:
     with pytest.raises(NotFound):
         await client.delete_task("gone")
     await client.delete_task("gone", allow_missing=True)
+
+
+def test_numbers_and_truth_values_of_other_libraries_are_taken() -> None:
+    training = {"batch_size": Decimal(4), "learning_rate": Decimal("1e-4")}
+    taken = from_mapping({"training": training, "optimization": {"bf16": np.bool_(1)}})
+    assert (taken.training.batch_size, taken.training.learning_rate) == (4, 1e-4)
+    assert taken.optimization.bf16 is True
+    for wrong in ("1.5", "NaN", "sNaN", "Infinity", "1e1000000"):
+        with pytest.raises(InvalidArgument, match=r"training\.batch_size"):
+            from_mapping({"training": {"batch_size": Decimal(wrong)}})
 
 
 async def test_the_same_request_id_gives_the_same_task(client: Any) -> None:
@@ -283,6 +388,44 @@ async def test_shutdown_ends_the_daemon(client: Any, daemon: Daemon) -> None:
     await client.shutdown()
     assert daemon.process is not None
     assert await asyncio.to_thread(daemon.process.wait, 20) == 0
+
+
+async def _heavy_calls(client: Any) -> int:
+    limits = (await client.system_info()).limits
+    return next(limit.used for limit in limits if limit.name == "heavy_calls")
+
+
+async def _refusal(client: Any) -> str:
+    try:
+        await client.delete_task("tasks/none")
+    except FinetunedError as error:
+        return error.reason
+    raise AssertionError("there is no such task")
+
+
+async def test_what_comes_while_the_daemon_stops_is_told_so(make: Make, tmp_path: Path) -> None:
+    """It waits for the calls under way, and would cut off what it took in the meantime."""
+    probe = tmp_path / "probe.json"
+    probe.write_text("{}")
+    daemon = Daemon(tmp_path)
+    daemon.environment = {"FAKE_PROBE": str(probe)}
+    daemon.start()
+    client = make(daemon.address)
+    long: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    try:
+        await client.check_environment()
+        probe.write_text('{"hang": true}')
+        long = asyncio.create_task(client.check_environment(refresh=True))
+        while not await _heavy_calls(client):
+            pass
+        daemon.process.terminate()
+        while (reason := await _refusal(client)) != "DAEMON_STOPPING":
+            assert reason == "TASK_NOT_FOUND"
+    finally:
+        daemon.close()
+        await client.close()
+        long.cancel()
+        await asyncio.gather(long, return_exceptions=True)
 
 
 async def test_tcp_wants_the_token(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -358,6 +360,79 @@ def test_a_client_is_not_used_on_in_a_fork(daemon: Daemon) -> None:
         timeout=60,
     )
     assert (done.returncode, done.stdout) == (0, "CLIENT_FORKED\n"), done.stderr
+
+
+FORK_WITH_A_WATCH = """
+import os, sys, finetuned
+client = finetuned.Client(sys.argv[1])
+tasks = client.watch_tasks()
+next(tasks)
+child = os.fork()
+if not child:
+    for use in (lambda: next(tasks), lambda: finetuned.Client(sys.argv[1]).list_devices()):
+        try:
+            use()
+        except finetuned.FinetunedError as error:
+            print(error.reason, "spawn" in error.message, flush=True)
+    tasks.close()
+    client.close()
+    print("closed", flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+client.list_devices()
+"""
+
+
+def test_a_fork_under_a_watch_harms_nobody(daemon: Daemon) -> None:
+    """A client in the child would end the parent, and what was inherited would hang."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_WITH_A_WATCH, daemon.address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    said = "CLIENT_FORKED False\nCLIENT_FORKED True\nclosed\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
+
+
+def test_a_handle_is_neither_pickled_nor_copied(daemon: Daemon, scene: Scene) -> None:
+    with Client(daemon.address) as client:
+        task = client.task(client.create_task("sft", scene.play()))
+        for use in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(TypeError, match=r"keep task\.name"):
+                use(task)
+        assert client.task(task) == task
+        assert client.wait(client.train("sft", scene.play(steps=1), device="cpu")).run == 1
+
+
+def test_levels_of_logs_are_pythons_own(daemon: Daemon, scene: Scene) -> None:
+    with Client(daemon.address) as client:
+        task = client.train("sft", scene.play(steps=1, log="x"), device="cpu", wait=True)
+        shown = list(task.logs(level="info"))
+        assert shown
+        assert list(task.logs(level="INFO")) == shown
+        assert list(task.logs(level="WARN")) == list(task.logs(level="warning"))
+
+
+PROBE = """
+import signal, sys, threading, finetuned
+with finetuned.Client(sys.argv[1]) as client:
+    client.task(sys.argv[2]).probe()
+"""
+
+
+def test_an_interrupt_ends_the_waiting_and_not_the_probe(daemon: Daemon, scene: Scene) -> None:
+    task = daemon.create(scene.play(gated=True))
+    probing = subprocess.Popen(
+        [sys.executable, "-c", PROBE, daemon.address, task.name], stderr=subprocess.PIPE, text=True
+    )
+    daemon.wait(task.name, "RUNNING")
+    probing.send_signal(signal.SIGINT)
+    _, err = probing.communicate(timeout=60)
+    assert "KeyboardInterrupt: the probe goes on" in err
+    assert daemon.get(task.name).state == TaskState.TASK_STATE_RUNNING
+    with Client(daemon.address) as client:
+        client.stop_task(task.name, discard=True)
 
 
 SCRIPT = """

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 
 from daemon_process import eventually
-from finetuned import Client, DaemonNotStarted, DaemonUnavailable, start_daemon
+from finetuned import (
+    Client,
+    DaemonNotStarted,
+    DaemonUnavailable,
+    FinetunedError,
+    start_daemon,
+)
 from finetuned._connect import find
 from finetuned._launch import _make_private
 from finetuned._paths import paths
@@ -40,6 +46,27 @@ async def test_a_client_can_start_the_daemon(make: Callable[..., Any]) -> None:
     pid = (await client.system_info()).pid
     assert (await make(start_daemon=True).system_info()).pid == pid
     assert (await make().system_info()).pid == pid
+
+
+async def test_a_daemon_that_has_gone_is_started_again_by_the_next_call(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not to learn whether it is there, nor by a client that is closed."""
+    client = make(start_daemon=True)
+    assert not await client.is_serving()
+    assert not find().is_listening()
+    pid = (await client.system_info()).pid
+    await client.shutdown()
+    eventually(lambda: not find().is_listening(), "the daemon has ended")
+    with monkeypatch.context() as patched, pytest.raises(DaemonUnavailable):
+        patched.setattr("finetuned._session.RETRY_SECONDS", 0.1)
+        await client.list_devices()
+    assert not await client.is_serving()
+    assert not find().is_listening()
+    assert (await client.system_info()).pid != pid
+    await client.close()
+    with pytest.raises(FinetunedError, match="closed"):
+        await client.system_info()
 
 
 def test_starting_says_whether_it_did() -> None:

@@ -130,6 +130,42 @@ def test_curves_are_drawn_where_a_cell_ends_with_them(shell: Any) -> None:
     assert "svg" not in data["text/html"]
 
 
+def test_a_long_curve_is_thinned_but_keeps_its_spikes() -> None:
+    count = 20_000
+    values = [1.0] * count
+    values[777] = 99.0
+    steps = list(range(count))
+    html = Metrics(1, {"loss": Series("loss", steps, values)})._repr_html_()
+    (line,) = check(html).iter("polyline")
+    assert len(line.attrib["points"].split()) <= 600
+    assert "values 1 to 99" in html
+
+
+def test_labels_of_a_curve_lie_within_its_drawing() -> None:
+    name = "a_rather_long_name_of_a_metric" * 5
+    points = {100_000: -1.235e-05, 200_000: 0.01667}
+    element = check(f"<div>{curve_svg({name: points})}</div>")
+    labels = list(element.iter("text"))
+    assert {label.text for label in labels} >= {"-1.235e-05", "0.01667"}
+    for label in labels:
+        width, x = 6 * len(label.text or ""), float(label.attrib["x"])
+        left = {"end": x - width, "middle": x - width / 2}.get(
+            label.attrib.get("text-anchor", ""), x
+        )
+        assert left >= 0, label.text
+        assert left + width <= 640, label.text
+
+
+def test_a_frame_has_the_same_columns_whatever_is_in_it() -> None:
+    empty = Metrics(1).to_pandas()
+    named = {name: Series(name, [1], [7.0], [0.5], [1.0]) for name in ("epoch", "loss", "time")}
+    full = Metrics(1, named).to_pandas()
+    assert list(full.columns) == ["epoch", "time", "epoch_value", "loss", "time_value"]
+    assert (full["epoch"][1], full["epoch_value"][1]) == (0.5, 7.0)
+    for column in ("epoch", "time"):
+        assert empty[column].dtype == full[column].dtype
+
+
 def test_the_colours_are_those_of_the_daemons_form(daemon: Daemon) -> None:
     with Client(daemon.address) as client:
         labels = client.parameter_schema("sft").task_states

@@ -214,9 +214,9 @@ async def test_a_call_is_repeated_where_the_contract_says_that_it_may_be(
     repeated: dict[str, bool] = {}
     rpc = ""
 
-    def attempts(session: Any, repeatable: bool, limit: float | None) -> Attempts:
+    def attempts(session: Any, name: str, *, repeatable: bool, **options: Any) -> Attempts:
         repeated[rpc] = repeatable
-        return Attempts(session, repeatable, limit)
+        return Attempts(session, name, repeatable=repeatable, **options)
 
     monkeypatch.setattr(f"finetuned.{module}.Attempts", attempts)
     for rpc in sorted(RPCS):

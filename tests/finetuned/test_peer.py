@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ from finetuned import (
     TasksSynced,
     Unimplemented,
     _silence,
+    _streams,
 )
 from finetuned.v1 import task_pb2
 from finetuned.v1.dataset_service_pb2 import InspectDatasetResponse, InspectionProgress
@@ -70,6 +72,8 @@ class Peer(TaskServiceServicer, DatasetServiceServicer, SystemServiceServicer):
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.failures = 0
+        self.failure = grpc.StatusCode.UNAVAILABLE
+        self.fails_after = 0.0
         self.metadata: list[dict[str, str | bytes]] = []
         self.streams: list[list[Any]] = []
         self.pages: list[GetMetricsResponse] = []
@@ -79,7 +83,8 @@ class Peer(TaskServiceServicer, DatasetServiceServicer, SystemServiceServicer):
         self.asked.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
         if len(self.asked) <= self.failures:
-            context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+            self.over.wait(self.fails_after)
+            context.abort(self.failure, "not now")
 
     def CreateTask(self, request: Any, context: grpc.ServicerContext) -> CreateTaskResponse:
         self._fail_first(request, context)
@@ -95,7 +100,9 @@ class Peer(TaskServiceServicer, DatasetServiceServicer, SystemServiceServicer):
     def GetTask(self, request: Any, context: grpc.ServicerContext) -> GetTaskResponse:
         self.asked.append(request)
         self.over.wait()
-        return GetTaskResponse()
+        return GetTaskResponse(
+            task=Task(name="tasks/a", display_name="a") if self.streams else None
+        )
 
     def StartTask(self, request: Any, context: grpc.ServicerContext) -> Any:
         violation = error_details_pb2.BadRequest.FieldViolation(field="a", description="b" * 500)
@@ -224,6 +231,27 @@ async def test_a_create_is_repeated_with_the_same_request_id(client: Any, peer: 
     assert len(peer.asked) == 3
     assert len({request.request_id for request in peer.asked}) == 1
     assert peer.asked[0].request_id
+
+
+async def test_a_call_that_a_stopping_daemon_cuts_off_is_repeated(client: Any, peer: Peer) -> None:
+    """gRPC ends what comes while its server stops as CANCELLED."""
+    peer.failure, peer.failures = grpc.StatusCode.CANCELLED, 2
+    await client.create_task("sft", display_name="x")
+    assert len(peer.asked) == 3
+    peer.failures = 1000
+    with pytest.raises(DaemonUnavailable, match="the daemon stops"):
+        await client.delete_task("tasks/a")
+    assert len(peer.asked) == 4
+
+
+async def test_a_long_call_that_breaks_is_repeated_too(
+    client: Any, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time for repeats begins with the first failure."""
+    monkeypatch.setattr("finetuned._session.RETRY_SECONDS", 0.4)
+    peer.failures, peer.fails_after = 1, 0.5
+    await client.create_task("sft", display_name="x")
+    assert len(peer.asked) == 2
 
 
 async def test_a_delete_is_not_repeated(client: Any, peer: Peer) -> None:
@@ -361,9 +389,36 @@ async def test_curves_are_put_together_from_pages_of_one_run(client: Any, peer: 
 
 
 async def test_an_answer_that_does_not_come_is_an_error(client: Any, peer: Peer) -> None:
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match=r"GetTask within 0.5 s"):
         await client.get_task("tasks/a")
     assert len(peer.asked) == 1
+
+
+async def test_a_first_look_that_does_not_come_is_no_longer_than_the_wait(
+    make: Callable[..., Any], peer: Peer, tmp_path: Path
+) -> None:
+    patient = make(f"unix:{tmp_path}/s", timeout=math.inf)
+    with pytest.raises(DeadlineExceeded, match=r"has not told of the task within 0.2 s"):
+        await asyncio.wait_for(patient.wait("tasks/a", timeout=0.2), 60)
+    assert len(peer.asked) == 1
+
+
+async def test_an_outage_is_no_longer_than_the_wait(
+    client: Any, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer.over.set()
+    peer.streams = [[]] * 1000
+    paused: list[float] = []
+    seconds = _streams._pause_of
+
+    def pause_of(delay: float, deadline: float | None) -> float:
+        paused.append(seconds(1000.0, deadline))
+        return paused[-1]
+
+    monkeypatch.setattr(_streams, "_pause_of", pause_of)
+    with pytest.raises(DeadlineExceeded, match=r"has not ended within 0\.3 s"):
+        await asyncio.wait_for(client.wait("tasks/a", timeout=0.3), 60)
+    assert paused
 
 
 async def test_a_daemon_that_does_not_know_a_call_is_told_apart(client: Any) -> None:

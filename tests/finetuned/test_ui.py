@@ -462,7 +462,9 @@ def test_without_textual_it_says_what_to_install() -> None:
         [sys.executable, "-c", code, "ui"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == "error: finetunectl ui needs textual: pip install 'finetuned[ui]'\n"
+    assert done.stderr == (
+        "error: finetunectl ui needs textual\nnext: pip install 'finetuned[ui]'\n"
+    )
 
 
 def test_every_key_is_documented() -> None:

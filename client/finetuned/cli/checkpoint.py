@@ -159,7 +159,7 @@ def plan_resume(client: Client, task: Task, resume: str, as_json: bool) -> None:
 def show_plan(plan: ResumePlan) -> None:
     """What a resume will be, gravest first."""
     from finetuned._violations import plain_value
-    from finetuned.cli.output import console, value_text
+    from finetuned.cli.output import console, enum_name, value_text
     from finetuned.v1.parameter_service_pb2 import ResumeEffect
 
     out = console()
@@ -172,7 +172,7 @@ def show_plan(plan: ResumePlan) -> None:
     width = max((len(item.field) for item in plan.items), default=0)
     shown = ""
     for item in plan.items:
-        effect = ResumeEffect.Name(item.effect).removeprefix("RESUME_EFFECT_")
+        effect = enum_name(ResumeEffect, item.effect).removeprefix("RESUME_EFFECT_")
         label, style = _EFFECTS.get(effect, (effect.lower(), ""))
         if effect != shown:
             out.print(f"  {label}", style=style, soft_wrap=True, markup=False)

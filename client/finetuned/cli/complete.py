@@ -20,6 +20,8 @@ FILES, FOLDERS, OPEN, PLAIN = "files", "folders", "open", "plain"
 """What the first line of an answer says: the shell itself completes paths; or nothing, or a blank,
 is to follow what was completed."""
 _SEPARATOR = "\t"
+_SPECIAL_IN_QUOTES = '\\"$`'
+"""Before which a backslash means something to bash between double quotes."""
 
 
 class Candidate(NamedTuple):
@@ -276,48 +278,71 @@ def _for_bash(line: str, breaks: str, kind: str) -> list[str]:
         breaks: The characters at which it begins a new word.
         kind: Its `COMP_TYPE`: 37 and 42 put the candidates themselves into the line.
     """
-    words, raw, quote = _split(line)
+    words, quote, start = _split(line, breaks)
     first, found = candidates(words[1:])
-    # What bash replaces begins after the last of its breaks in the unfinished word.
-    kept = 0 if quote else max((raw.rfind(mark) + 1 for mark in breaks if mark in ":=@"), default=0)
+    if start is None:
+        return [first]
     shown: list[str] = []
     for value, text in found:
-        quoted = value if quote else _escaped(value)
-        quoted = quoted[kept:]
+        # What is typed before it stays as it is.
+        quoted = _in_quote(value[start:], quote) if quote else _escaped(value[start:])
         if text and len(found) > 1 and kind not in ("37", "42"):
             quoted += f"  ({text[:60]})"
         shown.append(quoted)
     return [first, *shown]
 
 
-def _split(line: str) -> tuple[list[str], str, str]:
-    """The words of a line, the last as it was typed, and the quote that is open in it."""
+def _split(line: str, breaks: str) -> tuple[list[str], str, int | None]:
+    """The words of a line as bash reads them, and what bash would replace of the last.
+
+    Args:
+        line: Up to the cursor.
+        breaks: The characters at which bash begins a new word.
+
+    Returns:
+        The words; the quote that is open in the last; and how many characters of the last stay,
+        as what bash replaces begins after the open quote, or after the last of its breaks. None:
+        nothing can be put there, after a quote that is closed, or in one such as `$'`.
+    """
     words: list[str] = []
-    word, raw, quote, is_word = "", "", "", False
+    word, quote, before, is_word, stays = "", "", "", False, 0
+    is_beyond = is_closed = False
     characters = iter(line)
     for char in characters:
         if quote:
-            raw += char
             if char == quote:
-                quote = ""
+                quote, is_closed = "", True
             elif char == "\\" and quote == '"':
-                word += next(characters, "")
+                after = next(characters, "")
+                word += after if after in _SPECIAL_IN_QUOTES else char + after
             else:
                 word += char
         elif char.isspace():
             if is_word:
                 words.append(word)
-            word, raw, is_word = "", "", False
+            word, is_word, stays = "", False, 0
+            is_beyond = is_closed = False
         else:
-            raw, is_word = raw + char, True
+            is_word = True
             if char in "'\"":
-                quote = char
+                quote, stays = char, len(word)
+                is_beyond = is_beyond or before == "$"
             elif char == "\\":
-                after = next(characters, "")
-                word, raw = word + after, raw + after
+                word += next(characters, "")
             else:
                 word += char
-    return [*words, word], raw, quote
+                stays = len(word) if char in breaks and char in ":=@" else stays
+        before = char
+    return [*words, word], quote, None if is_beyond or (is_closed and not quote) else stays
+
+
+def _in_quote(value: str, quote: str) -> str:
+    """The value as bash reads it within a quote that is open."""
+    if quote == "'":
+        return value.replace("'", r"'\''")
+    escaped = "".join(f"\\{c}" if c in _SPECIAL_IN_QUOTES else c for c in value)
+    # A backslash before it would stay within the quote, so it stands outside.
+    return escaped.replace("!", r'"\!"')
 
 
 def _escaped(value: str) -> str:

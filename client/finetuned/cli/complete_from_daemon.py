@@ -34,13 +34,14 @@ Values: TypeAlias = tuple[tuple[str, str], ...]
 
 def tasks(address: str | None, verb: str, word: str) -> Named:
     """Display names with states; ids too, where the word is the beginning of one."""
+    from finetuned._words import enum_name
     from finetuned.v1.task_pb2 import TaskState
 
     found = _tasks(address)
     states = [TaskState.Value(f"TASK_STATE_{name}") for name in _STATES.get(verb, ())]
     fitting = [task for task in found if task.state in states] or found
     for task in fitting:
-        state = TaskState.Name(task.state).removeprefix("TASK_STATE_").lower()
+        state = enum_name(TaskState, task.state).removeprefix("TASK_STATE_").lower()
         yield task.display_name or task.name.removeprefix("tasks/"), state
         if word:
             yield task.name.removeprefix("tasks/"), f"{task.display_name}, {state}"
@@ -48,6 +49,7 @@ def tasks(address: str | None, verb: str, word: str) -> Named:
 
 def templates(address: str | None, word: str) -> Named:
     """Display names of templates with types; ids too, where the word is the beginning of one."""
+    from finetuned._words import enum_name
     from finetuned.v1.task_pb2 import TrainingType
     from finetuned.v1.template_service_pb2 import ListTemplatesRequest
     from finetuned.v1.template_service_pb2_grpc import TemplateServiceStub
@@ -59,7 +61,9 @@ def templates(address: str | None, word: str) -> Named:
         ),
     )
     for template in answer.templates if answer is not None else ():
-        kind = TrainingType.Name(template.training_type).removeprefix("TRAINING_TYPE_").lower()
+        kind = (
+            enum_name(TrainingType, template.training_type).removeprefix("TRAINING_TYPE_").lower()
+        )
         text = f"preset, {kind}" if template.preset else kind
         yield template.display_name, text
         if word:

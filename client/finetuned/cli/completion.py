@@ -13,6 +13,8 @@ from finetuned.cli.settings import JsonOption, say
 
 SHELLS = ("bash", "zsh", "fish")
 _MARK = "# finetunectl completion"
+_MADE = f"{_MARK} (made this file)"
+"""Where there was no file: so an end of it takes away the file, too."""
 
 app = typer.Typer(
     cls=Commands, help="Completion in the shell: commands, options, tasks, parameters, files."
@@ -56,7 +58,8 @@ def install(shell: ShellArgument = None, as_json: JsonOption = False) -> None:
         before = _read(start)
         after = "".join(_without_ours(before))
         after += "\n" if after and not after.endswith("\n") else ""
-        after += _loading(file)
+        is_made = not start.exists() or _is_made(before)
+        after += _loading(file, _MADE if is_made else _MARK)
         if after != before:
             start.parent.mkdir(parents=True, exist_ok=True)
             start.write_text(after, encoding="utf-8", errors="surrogateescape")
@@ -78,7 +81,10 @@ def uninstall(shell: ShellArgument = None, as_json: JsonOption = False) -> None:
     if start is not None:
         before = _read(start)
         after = "".join(_without_ours(before))
-        if after != before:
+        if not after and _is_made(before):
+            start.unlink()
+            changed.append(start)
+        elif after != before:
             start.write_text(after, encoding="utf-8", errors="surrogateescape")
             changed.append(start)
     if not changed and not as_json:
@@ -111,11 +117,11 @@ def _places(shell: str) -> tuple[Path, Path | None]:
     return file, home / ".bashrc"
 
 
-def _loading(file: Path) -> str:
+def _loading(file: Path, mark: str) -> str:
     import shlex
 
     path = shlex.quote(str(file))
-    return f"[ -f {path} ] && . {path} {_MARK}\n"
+    return f"[ -f {path} ] && . {path} {mark}\n"
 
 
 def _read(file: Path) -> str:
@@ -126,7 +132,12 @@ def _read(file: Path) -> str:
 
 
 def _without_ours(text: str) -> list[str]:
-    return [line for line in text.splitlines(keepends=True) if not line.endswith(f"{_MARK}\n")]
+    ours = (f"{_MARK}\n", f"{_MADE}\n")
+    return [line for line in text.splitlines(keepends=True) if not line.endswith(ours)]
+
+
+def _is_made(text: str) -> bool:
+    return f"{_MADE}\n" in text
 
 
 def _report(word: str, shell: str, files: list[Path], as_json: bool) -> None:

@@ -119,7 +119,7 @@ def _follow(
     from finetuned.cli.live import is_interactive
     from finetuned.v1.dataset_service_pb2 import DatasetReport
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     is_shown = is_interactive(console) and not is_quiet
     with Progress(
         BarColumn(),
@@ -145,11 +145,11 @@ def _follow(
 def _show(report: DatasetReport, max_seq_length: int) -> None:
     from rich.text import Text
 
-    from finetuned.cli.output import bytes_text, print_pairs
+    from finetuned.cli.output import bytes_text, enum_name, print_pairs
     from finetuned.v1.dataset_service_pb2 import DataFormat
 
     def word(number: DataFormat.ValueType) -> str:
-        name = DataFormat.Name(number).removeprefix("DATA_FORMAT_").lower()
+        name = enum_name(DataFormat, number).removeprefix("DATA_FORMAT_").lower()
         return "none" if name == "unspecified" else name.replace("_", " ")
 
     formats = ", ".join(f"{word(f.format)} {f.samples:,}" for f in report.formats)

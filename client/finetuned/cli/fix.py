@@ -88,6 +88,9 @@ def fix(
         undo = _undo(task, plan.changes)
         if not as_json:
             _show(task, plan)
+        if not plan.is_known:
+            _show_unknown(task, plan, name, as_json)
+            raise typer.Exit(Exit.FAILED)
         if plan.changes and not yes:
             flags = [flag for flag, on in (("--start", start), ("--watch", watch)) if on]
             command = task_command("fix", name, "--yes", *flags)
@@ -104,7 +107,7 @@ def fix(
             task = client.update_task(task.name, sections(values), etag=task.etag)
             if not as_json:
                 say(f"changed; undo it: {undo}")
-        if plan.is_known and (start or watch) and (plan.changes or not waits):
+        if (start or watch) and (plan.changes or not waits):
             seq = task.last_seq
             task = client.start_task(task.name, etag=task.etag)
             if watch:
@@ -115,13 +118,10 @@ def fix(
         print_json_value({**_content(plan, undo), "task": to_dict(task)})
     elif waits and not plan.changes:
         say("it goes on by itself once there is room")
-    elif plan.is_known:
-        if start:
-            print(f"{task_word(task)} {state_word(task.state)}")
-        else:
-            say(f"start it: {task_command('start', task, '--watch')}")
-    if not plan.is_known:
-        raise typer.Exit(Exit.FAILED)
+    elif start:
+        print(f"{task_word(task)} {state_word(task.state)}")
+    else:
+        say(f"start it: {task_command('start', task, '--watch')}")
 
 
 def _content(plan: FixPlan, undo: str) -> dict[str, Any]:
@@ -207,7 +207,6 @@ def _show(task: Task, plan: FixPlan) -> None:
     word = "paused" if task.pause_reason else "failed"
     print_pairs([(word, reason_word(task.end_reason)), ("why", task.end_message)])
     if not plan.is_known:
-        say("no fix is known" + (f": {plan.why}" if plan.why else ""))
         return
     print_pairs(
         [
@@ -221,6 +220,20 @@ def _show(task: Task, plan: FixPlan) -> None:
             ),
             ("because" if plan.changes else "nothing to change", plan.why),
         ]
+    )
+
+
+def _show_unknown(task: Task, plan: FixPlan, name: str, as_json: bool) -> None:
+    from finetuned.cli.errors import show_trouble
+
+    why = f": {plan.why}" if plan.why else ""
+    if task.pause_reason:
+        why += "; it goes on by itself once there is room"
+    show_trouble(
+        f"no fix is known{why}",
+        reason="NO_FIX",
+        command=task_command("logs" if task.run else "show", name),
+        as_json=as_json,
     )
 
 

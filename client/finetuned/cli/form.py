@@ -195,9 +195,10 @@ def _cut(text: str, width: int) -> str:
 
 def _values(field: ParameterField) -> str:
     """Type and range, or the choices."""
+    from finetuned._words import enum_name
     from finetuned.v1.parameter_service_pb2 import ParameterType
 
-    name = ParameterType.Name(field.type).removeprefix("PARAMETER_TYPE_").lower()
+    name = enum_name(ParameterType, field.type).removeprefix("PARAMETER_TYPE_").lower()
     if field.choices:
         words = [choice.value for choice in field.choices]
         several = name == "multichoice"

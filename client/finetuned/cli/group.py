@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import shlex
 import sys
 from collections.abc import Generator
 from typing import Any
@@ -15,7 +16,7 @@ import typer.core
 from finetuned._errors import FinetunedError, InvalidArgument
 from finetuned.cli.errors import os_trouble, show_error, show_trouble, status_of
 from finetuned.cli.next_step import command_words, with_word
-from finetuned.cli.quick import ALIASES
+from finetuned.cli.quick import ALIASES, child, load, option
 from finetuned.cli.settings import Exit, Settings, command_line, say
 
 # Typer has a copy of click in it, or needs click, as its version goes: the class is the one of
@@ -120,6 +121,10 @@ def _next_after(error: Any) -> str:
     """The command as it was probably meant, else the help of the one that was understood."""
     possible = list(getattr(error, "possibilities", None) or ())
     wrong = str(getattr(error, "option_name", "") or "")
+    if wrong and error.ctx is not None and hasattr(error.ctx.command, "commands"):
+        moved = _moved(wrong)
+        if moved:
+            return moved
     if not wrong and error.ctx is not None and hasattr(error.ctx.command, "commands"):
         # An unknown command: the only word that its message quotes first.
         wrong = str(error.message).partition("'")[2].partition("'")[0]
@@ -129,4 +134,22 @@ def _next_after(error: Any) -> str:
         command = with_word(wrong, close[0])
         if command:
             return command
-    return command_line(*command_words(), "--help")
+    # The one that did not understand: what follows may be right.
+    path = error.ctx.command_path.split()[1:] if error.ctx is not None else command_words()
+    return command_line(*path, "--help")
+
+
+def _moved(name: str) -> str:
+    """This command with an option of it that stood before it; empty where it has none such."""
+    node = load()
+    for word in command_words():
+        node = child(node, word) or node
+    known = option(node, name)
+    words = list(sys.argv[1:])
+    at = next((n for n, word in enumerate(words) if word.partition("=")[0] == name), None)
+    if known is None or at is None or "commands" in node:
+        return ""
+    size = 2 if known["value"] and words[at] == name else 1
+    moved, words[at : at + size] = words[at : at + size], []
+    end = words.index("--") if "--" in words else len(words)
+    return shlex.join(["finetunectl", *words[:end], *moved, *words[end:]])

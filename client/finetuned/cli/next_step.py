@@ -105,6 +105,20 @@ _OF_DATA = ("data.train_file", "data.eval_file")
 
 def next_command(error: FinetunedError, options: Settings) -> str:
     """The command to type after the error, to be copied into a shell; empty where there is none."""
+    noun, _ = _subject(error, options)
+    for command in (_next(error, options), command_line(noun, "list")):
+        if not _is_typed(command):
+            return command
+    return ""
+
+
+def _is_typed(command: str) -> bool:
+    """Whether it is the very command that has failed."""
+    words = shlex.split(command)[1:]
+    return [w for w in words if w != "--"] == [w for w in sys.argv[1:] if w != "--"]
+
+
+def _next(error: FinetunedError, options: Settings) -> str:
     own = str(getattr(error, "next_command", ""))
     if own:
         return own
@@ -226,10 +240,13 @@ def _closest(error: NotFound, options: Settings) -> str:
     typed = options.template if is_template else options.task
     if not typed or error.reason not in ("TASK_NOT_FOUND", "TEMPLATE_NOT_FOUND"):
         return ""
-    names: list[str] = []
+    folded: dict[str, str] = {}
     with contextlib.suppress(FinetunedError), Client(options.address, timeout=1) as client:
         found = client.list_templates() if is_template else client.list_tasks()
-        names = [one.display_name for one in found]
-    folded = {name.casefold(): name for name in names}
+        # A display name that looks like an id is taken for one, so there the id stands for it.
+        prefix = "templates/" if is_template else "tasks/"
+        for one in found:
+            looks_like_id = one.display_name.startswith(prefix)
+            folded[one.display_name.casefold()] = one.name if looks_like_id else one.display_name
     close = difflib.get_close_matches(typed.casefold(), folded, n=1, cutoff=0.75)
     return with_word(typed, folded[close[0]]) if close else ""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,7 @@ from rich.text import Text
 from finetuned._violations import plain_value
 from finetuned._words import STATE_COLORS
 from finetuned._words import duration_text as duration_text
+from finetuned._words import enum_name as enum_name
 from finetuned._words import local as local
 from finetuned._words import phase_word as phase_word
 from finetuned._words import reason_word as reason_word
@@ -29,6 +31,17 @@ from finetuned.v1.task_pb2 import Task, TaskState, TrainingType
 
 # In rich's own word for orange.
 STATE_STYLES = {word: f"dark_{c}" if c == "orange" else c for word, c in STATE_COLORS.items()}
+
+_GAP = 2
+"""Blanks between columns."""
+_NAMES = ("name", "product")
+_NAME_WIDTH = 12
+"""To which a name shrinks before other columns do."""
+_TIMES = ("created", "changed", "started", "ended")
+_TIME_WIDTHS = (16, 10)
+"""To which a time shrinks: to the minute, then to its date."""
+_DROPPED = ("created", "changed", "ended", "started", "loss", "type", "place", "steps", "device")
+"""Columns that are left out of a narrow terminal where a table has a name, in this order."""
 
 
 class _Console(Console):
@@ -52,15 +65,17 @@ class _Console(Console):
 
 def console(*, stderr: bool = False) -> Console:
     """Stdout, or stderr. Where it is no terminal, lines are as long as they are."""
+    # What stands in a text, such as [red] or :smile:, is the user's and no markup.
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
     if (sys.stderr if stderr else sys.stdout).isatty():
-        return _Console(stderr=stderr, highlight=False)
+        return _Console(**plain)
     is_colored = bool(os.environ.get("FORCE_COLOR"))
-    return _Console(stderr=stderr, highlight=False, width=10_000, force_terminal=is_colored)
+    return _Console(**plain, width=10_000, force_terminal=is_colored)
 
 
 def type_word(training_type: TrainingType.ValueType) -> str:
     """`sft` or `pretrain`."""
-    return TrainingType.Name(training_type).removeprefix("TRAINING_TYPE_").lower()
+    return enum_name(TrainingType, training_type).removeprefix("TRAINING_TYPE_").lower()
 
 
 def state_text(state: TaskState.ValueType) -> Text:
@@ -134,14 +149,78 @@ def print_table(
 
 def table_of(
     columns: Sequence[str], rows: Iterable[Sequence[str | Text]], wrapped: Sequence[str] = ()
-) -> Table:
+) -> RenderableType:
     """The table that `print_table` prints."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.upper(), no_wrap=column not in wrapped)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    cells = [
+        [cell if isinstance(cell, Text) else Text(visible(cell)) for cell in row] for row in rows
+    ]
+    return _Table(columns, cells, wrapped)
+
+
+class _Table:
+    """A table that fits the width it is drawn in, whatever that is.
+
+    A long name gives way first, then the time, then columns by `_DROPPED`; the state never does.
+    """
+
+    def __init__(
+        self, columns: Sequence[str], rows: Sequence[Sequence[Text]], wrapped: Sequence[str]
+    ) -> None:
+        self._columns = columns
+        self._rows = rows
+        self._wrapped = wrapped
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draws it."""
+        widths = self._widths(options.max_width)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for at, width in widths.items():
+            column = self._columns[at]
+            table.add_column(
+                Text(column.upper()),
+                no_wrap=column not in self._wrapped,
+                width=width,
+                overflow="crop" if column in _TIMES else "ellipsis",
+            )
+        for row in self._rows:
+            table.add_row(*(row[at] for at in widths))
+        yield table
+
+    def _widths(self, room: int) -> dict[int, int | None]:
+        """Widths of the columns that are shown, by number; None: as the content has it."""
+        if self._wrapped:
+            return dict.fromkeys(range(len(self._columns)))
+        widths = {
+            at: max([cell_len(column), *(row[at].cell_len for row in self._rows)])
+            for at, column in enumerate(self._columns)
+        }
+        natural = dict(widths)
+        by_name = {column: at for at, column in enumerate(self._columns)}
+        name = next((by_name[one] for one in _NAMES if one in by_name), None)
+        if name is not None:
+            self._narrow(widths, name, _NAME_WIDTH, room)
+        for column in _DROPPED:
+            at = by_name.get(column)
+            if at is None:
+                continue
+            for least in _TIME_WIDTHS if column in _TIMES else ():
+                if _excess(widths, room) > 0:
+                    widths[at] = min(widths[at], least)
+            if _excess(widths, room) > 0:
+                del widths[at]
+        if name is not None:
+            self._narrow(widths, name, 1, room)
+            # What other columns have left over.
+            widths[name] = min(widths[name] - min(_excess(widths, room), 0), natural[name])
+        return dict(widths)
+
+    @staticmethod
+    def _narrow(widths: dict[int, int], at: int, least: int, room: int) -> None:
+        widths[at] = max(widths[at] - max(_excess(widths, room), 0), min(widths[at], least))
+
+
+def _excess(widths: Mapping[int, int], room: int) -> int:
+    return sum(widths.values()) + _GAP * (len(widths) - 1) - room
 
 
 def print_pairs(pairs: Iterable[tuple[str, str | Text]]) -> None:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetuned.cli.settings import (
+    DetachOption,
     Exit,
     JsonOption,
     TaskArgument,
     WatchOption,
     WatchRunOption,
+    check_detach,
     say,
     settings,
     task_command,
@@ -84,6 +86,7 @@ def resume(
     ctx: typer.Context,
     name: TaskArgument,
     watch: WatchRunOption = False,
+    detach: DetachOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Let a paused task go on from its newest whole checkpoint. It waits while its device is busy.
@@ -93,6 +96,7 @@ def resume(
     from finetuned.cli.follow import follow
     from finetuned.cli.output import print_json
 
+    check_detach(watch, detach)
     with settings(ctx).client() as client:
         before = client.get_task(name)
         task = client.resume_task(before.name)

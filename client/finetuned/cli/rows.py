@@ -84,7 +84,10 @@ def place_of(device: str, task: Task, devices: Sequence[str]) -> tuple[int, str,
     """Where a task of the queue comes: by device, what runs, what waits, then what is paused."""
     at = devices.index(device) if device in devices else len(devices)
     started = task.start_time.ToNanoseconds()
-    return at, device, QUEUE_STATES.index(state_word(task.state)), task.queue_position, started
+    word = state_word(task.state)
+    # A state that this client does not know comes last.
+    rank = QUEUE_STATES.index(word) if word in QUEUE_STATES else len(QUEUE_STATES)
+    return at, device, rank, task.queue_position, started
 
 
 def pause_text(task: Task) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetuned._errors import InvalidArgument
+from finetuned._errors import InvalidArgument, NotFound
 
 if TYPE_CHECKING:
     from finetuned._client import Client
@@ -76,6 +76,14 @@ class WithNext(InvalidArgument):
         self.next_command = next_command
 
 
+class NotStarted(NotFound):
+    """There are tasks, and none has run: with the command that starts one."""
+
+    def __init__(self, message: str, next_command: str) -> None:
+        super().__init__(message, reason="NOT_STARTED")
+        self.next_command = next_command
+
+
 # Of this process: global options that a command to be copied has to have, too.
 _global_options: list[str] = []
 
@@ -111,6 +119,16 @@ WatchOption = Annotated[
     typer.Option("-w", "--watch", help="Go on showing it while it changes, until Ctrl-C."),
 ]
 WatchRunOption = Annotated[bool, typer.Option("-w", "--watch", help="Watch it to its end.")]
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="Return at once, as without --watch.", hidden=True)
+]
+"""Of commands that return at once anyway, for those who know it of `train`."""
+
+
+def check_detach(watch: bool, detach: bool) -> None:
+    """Refuse both at once."""
+    if watch and detach:
+        raise typer.BadParameter("goes without --watch", param_hint="--detach")
 
 
 def _remember_task(ctx: typer.Context, value: str) -> str:
@@ -132,7 +150,7 @@ NewestTaskArgument = Annotated[
     typer.Argument(
         metavar="[TASK]",
         callback=_remember_optional_task,
-        help="Display name or id of the task. [the one that runs, else the newest]",
+        help="Display name or id of the task. [the one that runs, waits or has run last]",
     ),
 ]
 

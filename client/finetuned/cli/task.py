@@ -21,12 +21,15 @@ from finetuned.cli.fix import fix
 from finetuned.cli.group import Commands
 from finetuned.cli.queue import move, pause, resume
 from finetuned.cli.settings import (
+    DetachOption,
     Exit,
     JsonOption,
     NewestTaskArgument,
+    NotStarted,
     TaskArgument,
     WatchOption,
     WatchRunOption,
+    check_detach,
     confirm,
     one_file,
     say,
@@ -156,12 +159,14 @@ def start(
         bool, typer.Option("--plan", help="With --resume: start nothing, tell what it would be.")
     ] = False,
     watch: WatchRunOption = False,
+    detach: DetachOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Start a run of a task. It waits while its device is busy."""
     from finetuned.cli.follow import follow
     from finetuned.cli.output import print_json, state_word
 
+    check_detach(watch, detach)
     if resume is not None and not resume.strip():
         raise typer.BadParameter("newest, best, a step or a folder", param_hint="--resume")
     with settings(ctx).client() as client:
@@ -272,14 +277,21 @@ def watch(ctx: typer.Context, name: NewestTaskArgument = None, as_json: JsonOpti
 
 
 def _newest(client: Client) -> Task:
-    """The newest task that runs; else the newest that waits; else the newest of all."""
+    """The newest task that runs; else that waits or is paused; else whose run has ended.
+
+    Raises:
+        NotFound: There is none: what has never been started would be waited for in vain.
+    """
     from finetuned._errors import NotFound
 
-    for states in (("running",), ("queued", "paused"), ()):
+    for states in (("running",), ("queued", "paused"), ("completed", "stopped", "failed")):
         task = next(iter(client.list_tasks(states)), None)
         if task is not None:
             return task
-    raise NotFound("there is no task to watch", reason="NO_TASKS")
+    pending = next(iter(client.list_tasks()), None)
+    if pending is None:
+        raise NotFound("there is no task to watch", reason="NO_TASKS")
+    raise NotStarted("no task has been started yet", task_command("start", pending, "--watch"))
 
 
 def logs(

@@ -21,7 +21,7 @@ def print_violations(violations: Sequence[ParameterViolation], *, to_stderr: boo
     out = console(stderr=to_stderr)
     width = max((len(violation.field) for violation in violations), default=0)
     for violation in violations:
-        line = Text(f"{violation.severity:<7}", style=_STYLES[violation.severity])
+        line = Text(f"{violation.severity:<7}", style=_STYLES.get(violation.severity, ""))
         line.append(f"  {violation.field:<{width}}  ", style="default")
         line.append(violation.message, style="default")
         suggestion = assignment(violation)

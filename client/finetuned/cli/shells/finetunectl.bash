@@ -7,8 +7,8 @@ _finetunectl() {
     kind=${lines[0]}
     COMPREPLY=("${lines[@]:1}")
     case $kind in
-        files) compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "$2")) ;;
-        folders) compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -d -- "$2")) ;;
+        files) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$2") ;;
+        folders) compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$2") ;;
         open) compopt -o nospace 2>/dev/null ;;
     esac
 }

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from finetuned.cli.settings import Exit, say, settings
+from finetuned.cli.errors import show_trouble
+from finetuned.cli.settings import Exit, command_line, say, settings
 
 __all__ = ["ui"]
 
@@ -27,10 +28,20 @@ def ui(
     Quitting stops no run. Keys are in the view, under `?`.
     """
     if importlib.util.find_spec("textual") is None:
-        say("error: finetunectl ui needs textual: pip install 'finetuned[ui]'")
+        show_trouble(
+            "finetunectl ui needs textual",
+            reason="NO_TEXTUAL",
+            command="pip install 'finetuned[ui]'",
+            as_json=False,
+        )
         raise typer.Exit(Exit.FAILED)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        say("error: this needs a terminal; for pipes: finetunectl task list --json")
+        show_trouble(
+            "this needs a terminal; for pipes there is the list",
+            reason="NO_TERMINAL",
+            command=command_line("task", "list", "--json"),
+            as_json=False,
+        )
         raise typer.Exit(Exit.USAGE)
     from finetuned.cli.ui.app import FinetunedApp, wants_light
 
