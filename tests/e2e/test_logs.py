@@ -377,7 +377,8 @@ def test_an_error_of_the_daemons_own_is_told_with_what_to_do(daemon: Daemon, sce
         check=False,
     )
     assert shown.returncode == 1
-    request_id = re.search(r"finetunectl support-bundle \(request (\w+)\)", shown.stderr)
+    assert shown.stderr.endswith(" support-bundle\n")
+    request_id = re.search(r"the next command collects \(request (\w+)\)", shown.stderr)
     assert request_id is not None, shown.stderr
     assert of(daemon, request_id[1])[-1]["code"] == "INTERNAL"
 

@@ -108,7 +108,7 @@ def test_a_probe_out_of_memory_fails_with_the_fix_and_no_retry(
     name = task.name.removeprefix("tasks/")
     again = ctl(daemon, "probe", name)
     assert again.returncode == 1
-    assert f"finetunectl task fix {task.display_name}" in again.stderr, again
+    assert f" task fix {task.display_name}\n" in again.stderr, again
     fixed = ctl(daemon, "task", "fix", name, "--yes")
     assert fixed.returncode == 0, fixed
     assert daemon.get(task.name).parameters.training.batch_size == 2

@@ -105,6 +105,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml.nvmlDeviceGetCudaComputeCapability = answer((8, 0))
     nvml.nvmlDeviceGetUtilizationRates = answer(types.SimpleNamespace(gpu=0))
     nvml.nvmlDeviceGetName = answer("NVIDIA A100")
+    nvml.NVML_TEMPERATURE_GPU = 0
+    nvml.nvmlDeviceGetTemperature = answer(41)
+    nvml.nvmlDeviceGetPowerUsage = answer(55_000)
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
 
 

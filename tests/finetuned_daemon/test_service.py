@@ -98,8 +98,9 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path / "a--b")  # which no comment of XML may hold
+def desk() -> Iterator[Desk]:
+    with tempfile.TemporaryDirectory(prefix="ft-") as folder:  # a socket's path is short
+        yield Desk(Path(folder) / "a--b")  # which no comment of XML may hold
 
 
 def tree(folder: Path) -> dict[str, str]:

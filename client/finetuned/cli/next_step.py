@@ -107,7 +107,7 @@ def next_command(error: FinetunedError, options: Settings) -> str:
     """The command to type after the error, to be copied into a shell; empty where there is none."""
     noun, _ = _subject(error, options)
     for command in (_next(error, options), command_line(noun, "list")):
-        if not _is_typed(command):
+        if not command or not _is_typed(command):
             return command
     return ""
 
