@@ -129,7 +129,10 @@ class AsyncStreams:
             try:
                 while True:
                     _fork.check(self._session.pid)
-                    response = await asyncio.wait_for(call.read(), quiet)
+                    # Not `wait_for`: before Python 3.12 it swallows a cancel that comes together
+                    # with a message, and the watch would never end.
+                    async with asyncio.timeout(quiet):
+                        response = await call.read()
                     if not isinstance(response, Message):
                         break  # grpc.aio.EOF, which grpc-stubs do not know
                     self._session.was_reached = True

@@ -188,7 +188,8 @@ class Notifier:
                 wait = (delivery.next_time - now) / 1e6
             if delivery is None or wait is not None:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(bell.wait(), wait)
+                    async with asyncio.timeout(wait):  # `wait_for` may swallow a cancel
+                        await bell.wait()
                 continue
             result = await self._attempt(channel, delivery)
             if result.state is DeliveryState.DELIVERED and is_failing:
