@@ -417,7 +417,7 @@ async def test_no_daemon_is_offered_to_be_started(
         try:
             await view.answer("start")
             await view.until(lambda: app.is_synced and not app.lost, "the daemon")
-            assert "0 tasks" in view.text
+            await view.until(lambda: "0 tasks" in view.text, "its empty list")
         finally:
             with contextlib.suppress(Exception):
                 await app.client.shutdown()
