@@ -186,7 +186,8 @@ async def test_every_gpu_is_in_sight(size: tuple[int, int], count: int) -> None:
     ]
     async with OnlyDevices().run_test(size=size) as pilot:
         devices = pilot.app.query_one(Devices)
-        devices.show(gpus, {"tasks/a": Task(name="tasks/a", display_name="the task")})
+        devices.take(gpus, {"tasks/a": Task(name="tasks/a", display_name="the task")})
+        devices.redraw()
         await pilot.pause()
         devices.redraw()
         await pilot.pause()

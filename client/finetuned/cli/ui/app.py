@@ -175,7 +175,8 @@ class FinetunedApp(Acts):
                 with contextlib.suppress(FinetunedError):
                     async for item in stream:
                         if isinstance(item, WatchDevicesResponse):
-                            self.devices.show(item.devices, self.table.tasks)
+                            self.devices.take(item.devices, self.table.tasks)
+                            self._changed.add("devices")
                             self._place(item)
             await asyncio.sleep(_RETRY_SECONDS)
 
@@ -277,6 +278,8 @@ class FinetunedApp(Acts):
             self._draw_status()
             self._draw_keys()
             self._draw_head()
+        elif "devices" in changed:
+            self.devices.redraw()
         if "details" in changed:
             self._draw_head()
             self._draw_details()

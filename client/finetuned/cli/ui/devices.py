@@ -28,10 +28,9 @@ class Devices(Static):
         self.devices: Sequence[Device] = ()
         self._tasks: Mapping[str, Task] = {}
 
-    def show(self, devices: Sequence[Device], tasks: Mapping[str, Task]) -> None:
-        """Take what the daemon says."""
+    def take(self, devices: Sequence[Device], tasks: Mapping[str, Task]) -> None:
+        """Take what the daemon says; the next `redraw` shows it."""
         self.devices, self._tasks = devices, tasks
-        self.redraw()
 
     def redraw(self) -> None:
         """Draw for the width that there is."""
