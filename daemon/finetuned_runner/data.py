@@ -8,12 +8,9 @@ from typing import Any
 
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import Spec, TrainingType
-from finetuned_runner.preparation import (
-    ChatPreparation,
-    Check,
-    DocumentPreparation,
-    Preparation,
-)
+from finetuned_runner.document_preparation import DocumentPreparation
+from finetuned_runner.encode_process import let_go
+from finetuned_runner.preparation import ChatPreparation, Check, Preparation
 from finetuned_runner.report import Report
 from finetuned_runner.samples import Samples, split
 
@@ -64,11 +61,14 @@ def samples(
         RunFailed: The data can't be used.
     """
     train: Samples = prepared.train.samples(tokenizer, max_length, check)
-    if not evaluates(parameters, report):
-        return train, None
-    if prepared.evaluation is not None:
-        return train, prepared.evaluation.samples(tokenizer, max_length, check)
-    return split(train, parameters.data.eval_ratio, parameters.general.seed)
+    wanted = evaluates(parameters, report)
+    evaluation: Samples | None = None
+    if wanted and prepared.evaluation is not None:
+        evaluation = prepared.evaluation.samples(tokenizer, max_length, check)
+    let_go()
+    if wanted and evaluation is None:
+        return split(train, parameters.data.eval_ratio, parameters.general.seed)
+    return train, evaluation
 
 
 def evaluates(parameters: Parameters, report: Report) -> bool:

@@ -1,8 +1,9 @@
 """From a data file to samples, beside everything else: begun before torch is imported.
 
 Tokens come from the cache, or are made by processes that go on while the run trains. What has to be
-known before the first step is how many samples there are, for the schedule depends on it: so those
-chats come first of which it isn't certain that an answer stands within the length they are cut to.
+known before the first step is whether every line can be used, and how many samples there are, for
+the schedule depends on it. So all lines are gone through first, by the same processes; then come
+those chats of which it isn't certain that an answer stands within the length they are cut to.
 One chat of each kind comes before all, so that a template that doesn't work shows at once.
 
 Nothing here imports torch or, in this process, transformers.
@@ -15,37 +16,46 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from finetuned_daemon.dataset.formats import Chat, Document, message_text
-from finetuned_daemon.dataset.reader import BadLine, read_chats, read_documents
+from finetuned_daemon.dataset.reader import BadLine, Stretch, open_data, stretches
 from finetuned_daemon.runs.contract import EndReason, RunPhase, Spec
-from finetuned_runner.encode_process import Answer, CannotEncode, Encoded, EncodeProcess, Encoder
+from finetuned_runner.encode_process import (
+    Answer,
+    CannotEncode,
+    CannotRead,
+    EncodeChats,
+    Encoded,
+    EncodeProcess,
+    Encoder,
+    SurveyChats,
+    Work,
+    most_processes,
+)
 from finetuned_runner.failures import RunFailed
-from finetuned_runner.pieces import Piece, pieces_of
 from finetuned_runner.report import Report
-from finetuned_runner.samples import Blocks, Chats, Samples
+from finetuned_runner.samples import Chats, Samples
+from finetuned_runner.survey import BAD_LINES_SHOWN, Survey, survey, whole
 from finetuned_runner.token_store import Index, TokenCache, TokenStore
 
-_BAD_LINES_SHOWN = 5
 _BATCH = 64
-_BATCH_CHARACTERS = 1 << 18
+BATCH_CHARACTERS = 1 << 18
 _MOST_KINDS = 1000
 _REPORT_SECONDS = 2.0
 _SMALL_FILE = 256 << 10
 """Bytes; for less it isn't worth the second that a process takes to start."""
 _LARGE_FILE = 4 << 20
 """Bytes; from here on more than one process."""
-_MOST_PROCESSES = 8
+STRETCH = 1 << 20
+"""Bytes of a file that a process goes through at a time."""
 
 _logger = logging.getLogger(__name__)
-_Item = TypeVar("_Item", Chat, Document)
+_Numbers = npt.NDArray[np.int64]
 
 Check = Callable[[int], None]
 """Raises RunFailed where a token id is more than the model knows."""
@@ -64,6 +74,8 @@ class Preparation:
         self._cache_dir = Path(spec.cache_dir) if spec.cache_dir else report.run_dir / "tokens"
         self.sha256 = ""
         """Of the data file as it was read, once samples are there."""
+        self._data = -1
+        """Descriptor of the data file."""
         self._changed = threading.Condition()
         # All that follows is guarded by it.
         self._failure: BaseException | None = None
@@ -87,8 +99,9 @@ class Preparation:
     def _look_and_read(self) -> None:
         cache = self._open_cache()
         try:
-            before = self._file.stat()
-            with self._file.open("rb") as data:
+            self._data = open_data(self._file)
+            before = os.fstat(self._data)
+            with open(self._data, "rb", closefd=False) as data:
                 self.sha256 = hashlib.file_digest(data, "sha256").hexdigest()
             key = cache.key(
                 self.sha256,
@@ -97,7 +110,7 @@ class Preparation:
                 max_samples=self._limit,
             )
         except OSError as error:
-            raise _unreadable(self._file, error) from error
+            raise unreadable(self._file, error) from error
         found = cache.find(key)
         if found:
             with self._changed:
@@ -109,7 +122,10 @@ class Preparation:
         store = cache.begin()
         self._is_local = before.st_size < _SMALL_FILE
         if not self._is_local:
-            self._start_processes(before.st_size)
+            for _ in range(self._process_count(before.st_size)):
+                EncodeProcess(
+                    self._tokenizer_path, self._data, self._take, self._give, self._is_waited_for
+                )
         with self._changed:
             self._store = store
             self._keep = lambda: cache.keep(key, store, self._index(), self._largest)
@@ -122,10 +138,7 @@ class Preparation:
         """Raises RunFailed where the file isn't the one whose hash was taken."""
         after = self._file.stat()
         if (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
-            raise RunFailed(
-                EndReason.DATASET_INVALID,
-                f"{self._file} was written to while it was read; start again when it is whole.",
-            )
+            raise _written_to(self._file)
 
     def _open_cache(self) -> TokenCache:
         try:
@@ -134,12 +147,8 @@ class Preparation:
             _logger.warning("tokens are not kept: %s", error)
             return TokenCache(self._report.run_dir / "tokens")
 
-    def _start_processes(self, size: int) -> None:
-        count = 1
-        if size >= _LARGE_FILE:
-            count = max(2, min(_MOST_PROCESSES, (os.cpu_count() or 2) // 2))
-        for _ in range(count):
-            EncodeProcess(self._tokenizer_path, self._take, self._give)
+    def _process_count(self, size: int) -> int:
+        return most_processes() if size >= _LARGE_FILE else 1
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -149,7 +158,7 @@ class Preparation:
 
     # --- in the threads of the processes, or where there are none in that of the caller
 
-    def _take(self) -> tuple[Any, Any] | None:
+    def _take(self) -> tuple[Any, Work] | None:
         """The next work; waits for it. None: there is no more."""
         raise NotImplementedError
 
@@ -157,14 +166,23 @@ class Preparation:
         try:
             if isinstance(answer, CannotEncode):
                 raise self._cannot(answer)
+            if isinstance(answer, CannotRead):
+                raise _cannot_read(self._file, answer.why)
             with self._changed:
-                self._largest = max(self._largest, answer.largest)
-                if self._check:
-                    self._check(self._largest)
                 self._add(what, answer)
                 self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - raised again where samples are asked for
             self._fail(error)
+
+    def _is_waited_for(self) -> bool:
+        """Whether the run can't go on without what is being made."""
+        return not self._is_complete
+
+    def _see(self, encoded: Encoded) -> None:
+        """Looks at what tokens there are."""
+        self._largest = max(self._largest, encoded.largest)
+        if self._check:
+            self._check(self._largest)
 
     def _cannot(self, answer: CannotEncode) -> RunFailed:
         reason = EndReason.DATASET_INVALID if answer.is_data else EndReason.MODEL_UNLOADABLE
@@ -186,10 +204,10 @@ class Preparation:
         raise NotImplementedError
 
     def _read(self, before: os.stat_result) -> None:
-        """Reads the file; hands nothing out unless it is still as it was `before`."""
+        """Reads what has to be known first; the file must be as it was `before`."""
         raise NotImplementedError
 
-    def _add(self, what: Any, answer: Encoded) -> None:
+    def _add(self, what: Any, answer: Answer) -> None:
         raise NotImplementedError
 
     # --- for the recipe
@@ -198,6 +216,10 @@ class Preparation:
         """The run is over: what was made and not kept goes."""
         if self._store is not None:
             TokenCache.drop(self._store)
+        with self._changed:
+            if self._data >= 0:
+                os.close(self._data)
+            self._data = -1
 
     def samples(self, tokenizer: Any, max_length: int, check: Check) -> Samples:
         """The samples, of at most `max_length` tokens.
@@ -228,10 +250,10 @@ class Preparation:
         """Makes what there is to make in this thread, where no process does."""
         if not self._is_local or self._is_complete:
             return
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(lambda: tokenizer, self._data)
         while self._failure is None and (taken := self._take()) is not None:
             what, work = taken
-            self._give(what, encoder.encode(work))
+            self._give(what, encoder.do(work))
 
     def _complete(self) -> None:
         """All tokens are there."""
@@ -243,9 +265,18 @@ class ChatPreparation(Preparation):
     """Chats, each a sample."""
 
     def __init__(self, spec: Spec, report: Report, file: Path, limit: int) -> None:
-        self._chats: list[Chat | None] = []
+        self._stretches: list[Stretch] = []
+        self._num_asked = 0
+        """Stretches that somebody goes through, or has."""
+        self._surveys: dict[int, Survey] = {}
+        self._survey: Survey | None = None
+        """Of all chats."""
+        self._firsts: _Numbers = np.zeros(0, np.int64)
+        """For each chat, the first of its kind."""
         self._arrays = Index.empty(())
-        self._queue: deque[int] = deque()
+        self._order: _Numbers = np.zeros(0, np.int64)
+        """Of the chats, with some that were handed out already."""
+        self._is_handed_out = np.zeros(0, bool)
         self._left = 0
         self._samples: Chats | None = None
         self._max_length = 0
@@ -264,7 +295,7 @@ class ChatPreparation(Preparation):
         certain = np.zeros(len(self._arrays.starts), bool)
         if not self._is_complete:
             certain = self._surely_teach()
-            uncertain = [int(at) for at in np.flatnonzero(~certain)]
+            uncertain = np.flatnonzero(~certain)
             self._prefer(uncertain)
             self._wait_for_all(uncertain)
         with self._changed:
@@ -287,27 +318,45 @@ class ChatPreparation(Preparation):
                 self._tell()
             return self._samples
 
-    def _prefer(self, numbers: Sequence[int]) -> None:
+    def _prefer(self, numbers: Sequence[int] | _Numbers) -> None:
         """Asks for these chats, by their number in the file, before all others."""
         with self._changed:
-            waiting, wanted = set(self._queue), set(numbers)
-            first = [number for number in numbers if number in waiting]
-            self._queue = deque(first + [rest for rest in self._queue if rest not in wanted])
+            if not self._left:
+                return
+            first = np.asarray(numbers, np.int64)
+            is_first = self._is_handed_out.copy()
+            is_first[first] = True
+            rest = self._order[~is_first[self._order]]
+            self._order = np.concatenate([first[~self._is_handed_out[first]], rest])
 
     def _read(self, before: os.stat_result) -> None:
-        chats = _collect(self._file, read_chats(self._file), self._limit)
-        self._check_unchanged(before)
-        first_of_kind: dict[Any, int] = {}
-        for number, chat in enumerate(chats):
-            if len(first_of_kind) < _MOST_KINDS:
-                first_of_kind.setdefault(_kind(chat), number)
-        first = list(first_of_kind.values())
-        chosen = set(first)
+        size = before.st_size
+        parts = [Stretch(0, size, size)]
+        try:
+            if not self._is_local and not self._limit:
+                parts = stretches(self._data, size, STRETCH)
+            if self._is_local:
+                self._surveys[0] = survey(self._data, parts[0], self._limit)
+        except OSError as error:
+            raise unreadable(self._file, error) from error
         with self._changed:
-            self._chats = list(chats)
-            self._arrays = Index.empty(chat.line for chat in chats)
-            self._left = len(chats)
-            self._queue = deque(first + [at for at in range(len(chats)) if at not in chosen])
+            self._num_asked = len(self._surveys)
+            self._stretches = parts
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: len(self._surveys) == len(parts) or self._failure)
+            if self._failure is not None:
+                return
+        found = whole([self._surveys.pop(number) for number in range(len(parts))])
+        check_lines(self._file, found.bad, found.num_bad, len(found))
+        self._check_unchanged(before)
+        firsts = found.firsts()
+        with self._changed:
+            self._survey, self._firsts = found, firsts
+            self._arrays = Index.empty(found.lines)
+            self._left = len(found)
+            self._is_handed_out = np.zeros(len(found), bool)
+            self._order = np.arange(len(found))
+            self._prefer(np.unique(firsts)[:_MOST_KINDS])
             self._changed.notify_all()
 
     def _take_over(self, index: Index) -> None:
@@ -316,28 +365,49 @@ class ChatPreparation(Preparation):
     def _index(self) -> Index:
         return self._arrays
 
-    def _take(self) -> tuple[list[int], list[Chat]] | None:
+    def _take(self) -> tuple[Any, Work] | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._chats or self._failure)
-            taken: list[int] = []
-            size = 0
-            while self._queue and len(taken) < _BATCH and size < _BATCH_CHARACTERS:
-                taken.append(self._queue.popleft())
-                size += _characters(cast("Chat", self._chats[taken[-1]]))
-            if not taken or self._failure is not None:
+            self._changed.wait_for(
+                lambda: self._num_asked < len(self._stretches) or self._survey or self._failure
+            )
+            if self._failure is not None:
                 return None
-            return taken, [cast("Chat", self._chats[at]) for at in taken]
+            if self._survey is None:
+                number = self._num_asked
+                self._num_asked += 1
+                return number, SurveyChats(self._stretches[number], self._limit)
+            chosen = self._next_chats()
+            if not chosen:
+                return None
+            return chosen, EncodeChats([self._survey.place(number) for number in chosen])
 
-    def _add(self, what: list[int], answer: Encoded) -> None:
+    def _is_waited_for(self) -> bool:
+        return self._samples is None
+
+    def _next_chats(self) -> list[int]:
+        """The chats that are next to be made tokens of."""
+        assert self._survey is not None
+        chosen = self._order[:_BATCH]
+        ends = np.cumsum(self._survey.characters[chosen], dtype=np.int64)
+        chosen = chosen[: int(np.searchsorted(ends, BATCH_CHARACTERS)) + 1]
+        self._order = self._order[len(chosen) :]
+        self._is_handed_out[chosen] = True
+        numbers: list[int] = chosen.tolist()
+        return numbers
+
+    def _add(self, what: Any, answer: Answer) -> None:
+        if isinstance(answer, Survey):
+            self._surveys[what] = answer
+            return
+        assert isinstance(answer, Encoded)
+        self._see(answer)
         assert self._store is not None
         start = self._store.append(answer.tokens)
-        for at, length, first in zip(what, answer.lengths, answer.first_learned, strict=True):
-            self._arrays.lengths[at] = length
-            self._arrays.first_learned[at] = first
-            self._arrays.starts[at] = start  # last: it says that the others hold
-            start += length
-            if self._samples is not None:  # until then it may be asked what surely teaches
-                self._chats[at] = None
+        lengths = np.array(answer.lengths, np.int64)
+        self._arrays.lengths[what] = lengths
+        self._arrays.first_learned[what] = answer.first_learned
+        # Last: it says that the others hold.
+        self._arrays.starts[what] = start + np.cumsum(lengths) - lengths
         self._left -= len(what)
         if self._left:
             return
@@ -358,21 +428,14 @@ class ChatPreparation(Preparation):
         A token has a byte of the text at least. What the template puts before the answer is no more
         than all the tokens before the answer in the first chat of the same kind.
         """
-        chats = cast("list[Chat]", self._chats)
-        kinds: dict[Any, int] = {}
-        for number, chat in enumerate(chats):
-            kinds.setdefault(_kind(chat), number)
-        self._wait_for_all(list(kinds.values())[:_MOST_KINDS])
-        first = self._arrays.first_learned
-        before = {kind: int(first[number]) for kind, number in kinds.items()}
-        certain = np.zeros(len(chats), bool)
-        for number, chat in enumerate(chats):
-            scaffold = before[_kind(chat)]
-            most = scaffold + _bytes_before_answer(chat)
-            certain[number] = scaffold > 0 and most < self._max_length
+        assert self._survey is not None
+        self._wait_for_all(np.unique(self._firsts)[:_MOST_KINDS])
+        scaffold = self._arrays.first_learned[self._firsts]
+        most = scaffold + self._survey.before
+        certain: np.ndarray[Any, np.dtype[np.bool_]] = (scaffold > 0) & (most < self._max_length)
         return certain
 
-    def _wait_for_all(self, origins: list[int]) -> None:
+    def _wait_for_all(self, origins: _Numbers) -> None:
         starts = self._arrays.starts
         self._wait_for(
             lambda: bool((starts[origins] >= 0).all()),
@@ -415,149 +478,39 @@ class ChatPreparation(Preparation):
             )
 
 
-class DocumentPreparation(Preparation):
-    """Documents, one after the other, each with the end-of-text token."""
-
-    def __init__(self, spec: Spec, report: Report, file: Path, limit: int) -> None:
-        self._work: Iterator[list[Piece]] = iter(())
-        self._taken = self._added = 0
-        self._is_all_taken = False
-        self._early: dict[int, Encoded] = {}
-        """What came before its turn."""
-        super().__init__(spec, report, file, limit)
-
-    def samples(self, tokenizer: Any, max_length: int, check: Check) -> Blocks:
-        """Blocks of `max_length` tokens; all are there.
-
-        Raises:
-            RunFailed: DATASET_INVALID, where the file can't be used or holds no text;
-                MODEL_UNLOADABLE without an end-of-text token.
-        """
-        self._begin_to_check(check)
-        self._make_here(tokenizer)
-        self._wait_for(lambda: self._is_complete, self._how_far)
-        assert self._store is not None
-        blocks = Blocks(self._store, max_length)
-        if not len(blocks):
-            raise RunFailed(EndReason.DATASET_INVALID, "The training data holds no text.")
-        return blocks
-
-    def _how_far(self) -> str:
-        return f"{self._store.num_tokens:,} tokens" if self._store else self._file.name
-
-    def _read(self, before: os.stat_result) -> None:
-        documents = _collect(self._file, read_documents(self._file), self._limit)
-        self._check_unchanged(before)
-        with self._changed:
-            self._work = _batches(piece for document in documents for piece in pieces_of(document))
-
-    def _take_over(self, index: Index) -> None:
-        pass
-
-    def _index(self) -> Index:
-        return Index.empty(())
-
-    def _take(self) -> tuple[int, list[Piece]] | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_read or self._failure)
-            work = None if self._failure else next(self._work, None)
-            if work is None:
-                self._is_all_taken = True
-                self._end()
-                return None
-            self._taken += 1
-            return self._taken - 1, work
-
-    def _add(self, what: int, answer: Encoded) -> None:
-        assert self._store is not None
-        self._early[what] = answer
-        while (due := self._early.pop(self._added, None)) is not None:
-            self._store.append(due.tokens)
-            self._added += 1
-        self._end()
-
-    def _end(self) -> None:
-        done = self._is_all_taken and self._added == self._taken
-        if done and not self._is_complete and self._failure is None:
-            self._complete()
-            self._changed.notify_all()
-
-
 # --- parts
 
 
-def _collect(path: Path, items: Iterator[_Item | BadLine], limit: int) -> list[_Item]:
-    """The good records of a file, if all are.
-
-    Raises:
-        RunFailed: DATASET_INVALID, naming the first lines that can't be used.
-    """
-    good: list[_Item] = []
-    bad: list[BadLine] = []
-    try:
-        for item in islice(items, limit or None):
-            if isinstance(item, BadLine):
-                bad.append(item)
-            else:
-                good.append(item)
-    except OSError as error:
-        raise _unreadable(path, error) from error
+def check_lines(path: Path, bad: Sequence[BadLine], num_bad: int, num_good: int) -> None:
+    """Raises RunFailed where lines can't be used, naming the first of them; or there are none."""
     if bad:
-        more = f"; and {len(bad) - _BAD_LINES_SHOWN} more" if len(bad) > _BAD_LINES_SHOWN else ""
-        lines = "; ".join(map(str, bad[:_BAD_LINES_SHOWN]))
+        more = f"; and {num_bad - BAD_LINES_SHOWN} more" if num_bad > BAD_LINES_SHOWN else ""
+        lines = "; ".join(map(str, bad[:BAD_LINES_SHOWN]))
         raise RunFailed(
             EndReason.DATASET_INVALID,
             f"{path.name}: {lines}{more}.",
-            samples=[line.line for line in bad[:_BAD_LINES_SHOWN]],
+            samples=[line.line for line in bad[:BAD_LINES_SHOWN]],
             file=str(path),
             excerpt=bad[0].excerpt,
         )
-    if not good:
+    if not num_good:
         raise RunFailed(EndReason.DATASET_INVALID, f"{path} holds no sample.")
-    return good
 
 
-def _unreadable(path: Path, error: OSError) -> RunFailed:
-    return RunFailed(EndReason.DATASET_INVALID, f"{path} can't be read: {error.strerror}.")
+def unreadable(path: Path, error: OSError) -> RunFailed:
+    """Why a run can't go on without a file."""
+    return _cannot_read(path, error.strerror or str(error))
 
 
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= _BATCH_CHARACTERS or len(batch) >= 4 * _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _cannot_read(path: Path, why: str) -> RunFailed:
+    """Why a file is of no use; `why` is empty where it has changed."""
+    if not why:
+        return _written_to(path)
+    return RunFailed(EndReason.DATASET_INVALID, f"{path} can't be read: {why}.")
 
 
-def _characters(chat: Chat) -> int:
-    return sum(len(message_text(message)) for message in chat.messages)
-
-
-def _kind(chat: Chat) -> tuple[Any, ...]:
-    """What a template may treat differently: roles, tools, reasoning, contents that are empty."""
-    return (
-        chat.tools is not None,
-        *(
-            (
-                message["role"],
-                not message["content"].strip(),
-                "<" in message["content"] or "[" in message["content"],
-                *sorted(message.keys() - {"role", "content"}),
-            )
-            for message in chat.messages
-        ),
+def _written_to(path: Path) -> RunFailed:
+    return RunFailed(
+        EndReason.DATASET_INVALID,
+        f"{path} was written to while it was read; start again when it is whole.",
     )
-
-
-def _bytes_before_answer(chat: Chat) -> int:
-    size = 0
-    for message in chat.messages:
-        if message["role"] == "assistant":
-            break
-        size += len(message_text(message).encode())
-    return size

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,8 @@ def test_processes_make_the_tokens_that_this_process_makes(
     monkeypatch.setattr(preparation, "_LARGE_FILE", 0)
     _, made = prepare(cached, report)
     assert all_of(made) == expected
-    monkeypatch.setattr(preparation, "_collect", None)  # a hit reads no data
+    monkeypatch.setattr(preparation.Preparation, "_take", None)  # a hit reads no data
+    monkeypatch.setattr(preparation.ChatPreparation, "_take", None)
     _, found = prepare(cached, report)
     assert all_of(found) == expected
 
@@ -94,7 +97,9 @@ def test_training_begins_before_all_tokens_are_made(shop, tmp_path, report, proc
 
     def take(self: Any) -> Any:
         taken = original(self)
-        if taken and 200 in taken[0]:  # one of those that surely teach; the other process goes on
+        if (
+            taken and isinstance(taken[0], list) and 200 in taken[0]
+        ):  # one of those that surely teach; the other process goes on
             gate.wait()
         return taken
 
@@ -229,3 +234,133 @@ def test_a_run_that_makes_its_tokens_on_the_way_is_the_same_run(shop, tmp_path):
     whole = json.loads((run.folder / "spec.json").read_text())
     assert whole["cache_dir"] == ""
     assert all("40 of 5000" in notice.message for notice in dropped)
+
+
+@pytest.mark.parametrize("kind", TrainingType)
+def test_bad_lines_at_the_end_of_a_large_file_are_named_before_the_first_step(
+    shop, tmp_path, report, processes, monkeypatch, kind
+):
+    """The first of them, by their numbers in the whole file, however many processes look."""
+    from finetuned_runner import document_preparation, preparation
+    from finetuned_runner.failures import RunFailed
+
+    monkeypatch.setattr(preparation, "STRETCH", 1000)
+    monkeypatch.setattr(document_preparation, "STRETCH", 1000)
+    if kind is TrainingType.SFT:
+        file = many(tmp_path / "data.jsonl", 200)
+    else:
+        file = write_jsonl(tmp_path / "data.jsonl", documents(200))
+    with file.open("a") as data:
+        data.write("\n" + "not JSON\n" * 7)
+    spec = shop.make(kind=kind, data={"train_file": str(file)}).spec
+    with pytest.raises(RunFailed) as failed:
+        prepare(spec, report)
+    assert failed.value.reason is EndReason.DATASET_INVALID
+    assert list(failed.value.samples) == [202, 203, 204, 205, 206]
+    assert "and 2 more" in str(failed.value)
+
+
+@pytest.mark.parametrize("kind", TrainingType)
+def test_a_file_in_stretches_gives_the_tokens_of_the_whole(
+    shop, tmp_path, report, monkeypatch, kind
+):
+    """Wherever a stretch ends: in a line, a blank line, or behind a byte order mark."""
+    from finetuned_runner import document_preparation, preparation
+
+    file = tmp_path / "data.jsonl"
+    if kind is TrainingType.SFT:
+        many(file, 60, long_prompts=3)
+    else:
+        write_jsonl(file, documents(60))
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))
+    spec = shop.make(kind=kind, data={"train_file": str(file)}).spec
+    expected = all_of(prepare(spec, report)[1])
+    monkeypatch.setattr(preparation, "_SMALL_FILE", 0)
+    monkeypatch.setattr(preparation, "_LARGE_FILE", 0)
+    for module in (preparation, document_preparation):
+        monkeypatch.setattr(module, "STRETCH", 97)
+    assert all_of(prepare(spec, report)[1]) == expected
+
+
+def test_what_is_added_to_a_file_while_its_tokens_are_made_does_no_harm_and_a_change_is_seen(
+    shop, tmp_path, report, processes, monkeypatch
+):
+    """Chats are read again when their turn comes: only as they were when they were counted."""
+    from finetuned_runner import preparation
+    from finetuned_runner.failures import RunFailed
+
+    monkeypatch.setattr(preparation, "_BATCH", 1)
+    original = preparation.ChatPreparation._take
+
+    def hold_back(change: Any) -> None:
+        """Changes the file when the first chat behind those of each kind is asked for."""
+        lock, changed = threading.Lock(), [False]
+
+        def take(self: Any) -> Any:
+            taken = original(self)
+            with lock:
+                if taken and isinstance(taken[0], list) and not changed[0]:
+                    changed[0] = True
+                    change()
+            return taken
+
+        monkeypatch.setattr(preparation.ChatPreparation, "_take", take)
+
+    def add(file: Path) -> None:
+        with file.open("a") as data:
+            data.write("more\n")
+
+    def spoil(file: Path) -> None:
+        whole = file.read_bytes()
+        file.write_bytes(whole.replace(b"Number", b"Anders"))
+
+    file = many(tmp_path / "added.jsonl", 100)
+    hold_back(lambda: add(file))
+    spec = shop.make("added", data={"train_file": str(file)}).spec
+    assert len(all_of(prepare(spec, report)[1])) == 100
+    other = many(tmp_path / "spoilt.jsonl", 90)
+    hold_back(lambda: spoil(other))
+    spec = shop.make("spoilt", data={"train_file": str(other)}).spec
+    with pytest.raises(RunFailed, match="written to while it was read"):
+        all_of(prepare(spec, report)[1])
+
+
+def test_processes_that_were_forked_ahead_are_taken_first_and_end_where_none_needs_them(
+    shop, tmp_path
+):
+    """A process without threads forks them; tokens are the same, and none is left afterwards."""
+    file = many(tmp_path / "chats.jsonl", 50)
+    spec = shop.make(data={"train_file": str(file)}).spec
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    script = """
+import multiprocessing, sys
+from pathlib import Path
+from finetuned_runner.environment import prepare_without_torch
+prepare_without_torch()  # the half of the imports that is of use here
+from finetuned_runner import data, encode_process, preparation
+from finetuned_runner.encoding import open_tokenizer
+from finetuned_runner.report import Report
+from finetuned_daemon.runs.contract import Spec
+
+folder = Path(sys.argv[1])
+spec = Spec.model_validate_json((folder / "spec.json").read_bytes())
+tokenizer = open_tokenizer(spec.parameters.data.model_path)
+found = []
+for ahead in (False, True):
+    if ahead:
+        encode_process.fork_ahead()
+        encode_process._spawn, preparation._SMALL_FILE = None, 0
+        assert len(multiprocessing.active_children()) == encode_process.most_processes()
+    report = Report(folder)
+    prepared = data.begin(spec, report)
+    train, _ = data.samples(prepared, spec.parameters, report, tokenizer, 128, lambda largest: None)
+    found.append([train[index]["input_ids"].tolist() for index in range(len(train))])
+    for child in multiprocessing.active_children():
+        child.join(60)
+    assert not multiprocessing.active_children()
+assert found[0] == found[1] and len(found[0]) == 50
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr

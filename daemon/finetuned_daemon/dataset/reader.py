@@ -4,7 +4,8 @@ Fine-tuning: a chat a record. Pretraining: a document a record, `{"text": "..."}
 that is one document. Records stand one a line (JSONL), or in one JSON array over any number of
 lines. `formats` says what a record may be.
 
-Files are streamed: memory holds one record, or the one document of a `.txt` file.
+Files are streamed: memory holds one record, or the one document of a `.txt` file. A file of lines
+can be read in stretches too, by several processes at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,6 +80,13 @@ class _Raw:
     is_too_long: bool = False
     flaw: Text = NOTHING
     """What is wrong with the array at this place; empty: nothing is."""
+    mark_size: int = 0
+    """Bytes of the byte order mark before it."""
+
+    @property
+    def data_offset(self) -> int:
+        """Where its bytes begin in the file."""
+        return self.byte_offset + self.mark_size
 
     def bad(self, reason: str, message: Text) -> BadLine:
         """A bad line of these bytes."""
@@ -109,6 +118,28 @@ def _open(path: Path) -> BinaryIO:
     return io.BufferedReader(_AsOpened(path), _CHUNK)
 
 
+class _Shared(io.RawIOBase):
+    """A file that others have open by the same descriptor: with a place of its own in it."""
+
+    def __init__(self, descriptor: int, place: int, end: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._place = place
+        self._end = end
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Reads on."""
+        wanted = min(len(buffer), self._end - self._place)
+        data = os.pread(self._descriptor, max(0, wanted), self._place)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
 def is_plain_text(path: Path) -> bool:
     """Whether a file of documents is read as one plain text rather than as records."""
     return path.suffix.lower() == ".txt"
@@ -127,6 +158,107 @@ def read_chats(path: Path) -> Iterator[Chat | BadLine]:
             yield raw.bad(error.reason, error.message)
         else:
             yield Chat(raw.line, messages, kind, raw.byte_offset, tools)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record stands: enough to read it again, and to see that it is still the same."""
+
+    line: int
+    offset: int
+    size: int
+    """Both in bytes."""
+    checksum: int
+    """CRC-32."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a file of lines: the lines that begin in it. A whole file may be an array too."""
+
+    start: int
+    end: int
+    """Bytes; exclusive."""
+    size: int
+    """Of the file: what is added to it later doesn't count."""
+
+
+def open_data(path: Path) -> int:
+    """A descriptor of a data file, which stays open until it is closed.
+
+    Raises:
+        OSError: It can't be opened, or is no ordinary file.
+    """
+    with _AsOpened(path) as file:
+        return os.dup(file.fileno())
+
+
+def stretches(descriptor: int, size: int, each: int) -> list[Stretch]:
+    """Parts of about `each` bytes of a file of `size`; one where it can't be parted.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    with io.BufferedReader(_Shared(descriptor, 0, size), _CHUNK) as file:
+        is_array = _array_start(file.read(_CHUNK)) is not None
+    if is_array or size <= each:
+        return [Stretch(0, size, size)]
+    starts = range(0, size, each)
+    return [Stretch(start, min(start + each, size), size) for start in starts]
+
+
+def scan_chats(descriptor: int, stretch: Stretch) -> Iterator[tuple[Chat, Place] | BadLine | int]:
+    """Yields the chats of a stretch, where each stands, and bad lines; last the number of lines.
+
+    Lines are counted from the beginning of the stretch.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    for raw in _read_stretch(descriptor, stretch):
+        if isinstance(raw, int):
+            yield raw
+            continue
+        try:
+            kind, messages, tools = to_chat(_parse(raw))
+        except BadRecord as error:
+            yield raw.bad(error.reason, error.message)
+        else:
+            place = Place(raw.line, raw.data_offset, len(raw.data), zlib.crc32(raw.data))
+            yield Chat(raw.line, messages, kind, raw.byte_offset, tools), place
+
+
+def scan_documents(descriptor: int, stretch: Stretch) -> Iterator[Document | BadLine | int]:
+    """Yields the documents of a stretch and bad lines; last the number of lines.
+
+    Lines are counted from the beginning of the stretch.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    for raw in _read_stretch(descriptor, stretch):
+        if isinstance(raw, int):
+            yield raw
+            continue
+        try:
+            text = to_document(_parse(raw))
+        except BadRecord as error:
+            yield raw.bad(error.reason, error.message)
+        else:
+            yield Document(raw.line, text, byte_offset=raw.byte_offset)
+
+
+def chat_at(descriptor: int, place: Place) -> Chat | None:
+    """A chat that a scan has found; None: something else stands there by now.
+
+    Raises:
+        OSError: The file can't be read.
+    """
+    data = os.pread(descriptor, place.size, place.offset)
+    if len(data) != place.size or zlib.crc32(data) != place.checksum:
+        return None
+    kind, messages, tools = to_chat(_parse(_Raw(place.line, place.offset, data)))
+    return Chat(place.line, messages, kind, place.offset, tools)
 
 
 def read_documents(path: Path) -> Iterator[Document | BadLine]:
@@ -236,27 +368,51 @@ def _not_json(raw: _Raw, error: json.JSONDecodeError) -> Text:
 
 def _read_raw(path: Path) -> Iterator[_Raw]:
     with _open(path) as file:
-        array_start = _array_start(file)
-        if array_start is None:
-            yield from _read_lines(file)
-        else:
+        array_start = _array_start(file.read(_CHUNK))
+        file.seek(0)
+        if array_start is not None:
             yield from _ArraySplitter(file, array_start).split()
+            return
+        for raw in _read_lines(file):
+            if not isinstance(raw, int):
+                yield raw
 
 
-def _array_start(file: BinaryIO) -> int | None:
+def _read_stretch(descriptor: int, stretch: Stretch) -> Iterator[_Raw | int]:
+    """The records that begin in a stretch, and last the number of its lines."""
+    if stretch.start == 0:
+        head = os.pread(descriptor, _CHUNK, 0)
+        array_start = _array_start(head)
+        if array_start is not None:
+            with io.BufferedReader(_Shared(descriptor, 0, stretch.size), _CHUNK) as file:
+                yield from _ArraySplitter(file, array_start).split()
+            yield 0
+            return
+    begin = max(0, stretch.start - 1)
+    with io.BufferedReader(_Shared(descriptor, begin, stretch.size), _CHUNK) as file:
+        offset = begin
+        # The line that began before it belongs to the stretch before.
+        while stretch.start and (rest := file.readline(_CHUNK)):
+            offset += len(rest)
+            if rest.endswith(b"\n"):
+                break
+        yield from _read_lines(file, offset, stretch.end)
+
+
+def _array_start(head: bytes) -> int | None:
     """Offset of the bracket that opens an array of records; None where the file holds lines.
 
     A line may be an array too, by mistake: what an array of records begins with is an object.
     """
-    head = file.read(_CHUNK)
-    file.seek(0)
     match = _ARRAY_BEGINNING.match(head)
     return match.start("bracket") if match else None
 
 
-def _read_lines(file: BinaryIO) -> Iterator[_Raw]:
-    number = offset = 0
-    while data := file.readline(LARGEST_RECORD + 1):
+def _read_lines(file: BinaryIO, offset: int = 0, end: int | None = None) -> Iterator[_Raw | int]:
+    """The records of the lines that begin before `end`, and last how many lines these were."""
+    number = 0
+    is_first = offset == 0
+    while (end is None or offset < end) and (data := file.readline(LARGEST_RECORD + 1)):
         number += 1
         start = offset
         offset += len(data)
@@ -267,11 +423,13 @@ def _read_lines(file: BinaryIO) -> Iterator[_Raw]:
                 offset += len(rest)
                 if rest.endswith(b"\n"):
                     break
-        if number == 1:
-            data = data.removeprefix(codecs.BOM_UTF8)
-        data = data.rstrip(b"\r\n")
+        mark_size = 0
+        if is_first and number == 1 and data.startswith(codecs.BOM_UTF8):
+            mark_size = len(codecs.BOM_UTF8)
+        data = data[mark_size:].rstrip(b"\r\n")
         if data.strip():
-            yield _Raw(number, start, data, is_too_long)
+            yield _Raw(number, start, data, is_too_long, mark_size=mark_size)
+    yield number
 
 
 class _ArraySplitter:
