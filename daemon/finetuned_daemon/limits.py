@@ -99,6 +99,14 @@ LIMITS: tuple[Limit, ...] = (
         beyond="the log itself is the queue: it is read on as the client reads",
     ),
     Limit(
+        name="watch_kept_bytes",
+        default=8 * MEBIBYTE,
+        unit="bytes",
+        bounds="the newest events of watched tasks, and messages of them, in memory for all "
+        "watchers together",
+        beyond="they are read from the log",
+    ),
+    Limit(
         name="metadata_bytes",
         default=16 << 10,
         unit="bytes",
@@ -203,6 +211,16 @@ LIMITS: tuple[Limit, ...] = (
         option=True,
         beyond="once the task has ended, the oldest events of earlier runs are deleted; a cursor "
         "before what is left is OUT_OF_RANGE with the reason SEQ_COMPACTED",
+    ),
+    Limit(
+        name="database_bytes",
+        default=4096 * MEBIBYTE,
+        unit="bytes",
+        bounds="the database, nearly all of which are events: about 25 million of them",
+        option=True,
+        beyond="the logs of the oldest runs are thinned out, never of a task that has a run under "
+        "way: their curves stay with 1,000 points each, and states, results, notices, checkpoints "
+        "and evaluations; see [operations](operations.md#growth)",
     ),
     Limit(
         name="log_line_bytes",

@@ -26,7 +26,7 @@ from finetuned.v1 import system_service_pb2, task_service_pb2, template_service_
 DATABASES = REPOSITORY / "tests/data/databases"
 MIGRATIONS = REPOSITORY / "daemon/finetuned_daemon/store/migrations"
 NEWEST = max(int(path.name.split("_")[0]) for path in MIGRATIONS.glob("*.sql"))
-VERSIONS = (1, 2, 3, 4, 7)
+VERSIONS = (1, 2, 3, 4, 7, 8)
 
 # Each child is killed before one more statement than the one before it.
 SWEEP = """

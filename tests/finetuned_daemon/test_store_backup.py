@@ -73,7 +73,9 @@ def test_a_check_that_runs_out_of_time_says_so(database: Database) -> None:
             "INSERT INTO meta VALUES (?, ?)", [(f"{n}", "x" * 100) for n in range(20_000)]
         )
     with contextlib.closing(integrity.open_read_only(database.path)) as connection:
-        assert not integrity.check(connection, thorough=True, seconds=0).is_complete
+        assert not integrity.check(
+            connection, thorough=True, budget=integrity.Budget(0)
+        ).is_complete
         assert integrity.check(connection, thorough=True) == integrity.Verdict()
 
 

@@ -1,4 +1,4 @@
-"""`finetuned db`: check, back up, restore and rebuild the database."""
+"""`finetuned db`: check, back up, restore, rebuild and compact the database."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import shlex
+import shutil
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -41,6 +42,9 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_SERVING = 3
 
+_RESERVE = 16 << 20
+"""Bytes that are left free."""
+
 _NOT_REBUILT = (
     "not in run folders, and so not rebuilt: tasks that never ran, edits since a task's last "
     "start, custom templates, runs that waited in the queue, answers to repeated requests, and "
@@ -57,7 +61,9 @@ class _Refused(Exception):
 
 def register(commands: Commands) -> None:
     """Adds the command."""
-    parser = commands.add_parser(COMMAND, help="check, back up, restore or rebuild the database")
+    parser = commands.add_parser(
+        COMMAND, help="check, back up, restore, rebuild or compact the database"
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -99,6 +105,11 @@ def register(commands: Commands) -> None:
         action="store_true",
         help="keep what is in it, and add the tasks and runs that it does not know",
     )
+    actions.add_parser(
+        "compact",
+        parents=[common],
+        help="write it anew without the room that nothing uses any more, which goes to the disk",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -109,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         "backup": _backup,
         "restore": _restore,
         "rebuild": _rebuild,
+        "compact": _compact,
     }[arguments.action]
     config = Config(paths=paths(arguments.state_dir, arguments.runtime_dir))
     try:
@@ -212,6 +224,35 @@ def _rebuild(config: Config, arguments: argparse.Namespace) -> int:
         )
         with contextlib.closing(integrity.open_read_only(config.database)) as connection:
             return _replace(config, arguments, connection, add_tasks=True)
+
+
+def _compact(config: Config, arguments: argparse.Namespace) -> int:
+    with _alone(config):
+        if is_missing(config.database):
+            raise _Refused(f"there is no database {config.database}")
+        problems = check_present(config.database).problems
+        if problems:
+            raise _Refused(f"{config.database} is damaged: {'; '.join(problems[:3])}")
+        database = Database(config.database, backups=config.backups_dir)
+        try:
+            before, used = config.database.stat().st_size, database.used_bytes()
+            # Once beside, and once in the write-ahead log.
+            room, free = 2 * used + _RESERVE, shutil.disk_usage(config.paths.state_dir).free
+            if free < room:
+                raise _Refused(
+                    f"too little room on the disk: {room:,} bytes are needed, {free:,} are free; "
+                    "nothing was changed"
+                )
+            database.rewrite()
+        finally:
+            database.close()
+        after = config.database.stat().st_size
+    if arguments.json:
+        path = str(config.database)
+        _print_json({"database": path, "bytes_before": before, "bytes_after": after})
+    else:
+        print(f"{config.database}: {after:,} bytes, {before - after:,} less than before")
+    return 0
 
 
 def _replace(

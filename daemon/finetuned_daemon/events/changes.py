@@ -1,7 +1,8 @@
 """Tells the watchers of the list of tasks which of them have changed.
 
 A watcher holds names of what it has to look at again, never what was seen: however slow it is, it
-reads the newest state, and costs some bytes for each task that has changed since.
+reads the newest state, and costs some bytes for each task that has changed since. What one has read
+the others are sent as well, as long as it is the newest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
 
 from finetuned_daemon.runs import scheduler
 from finetuned_daemon.store.records import Records
@@ -22,6 +24,22 @@ _PLACE = -1
 """Stands for a revision: nothing but its place in the queue has changed."""
 _EVENTS = 0
 """The same: nothing but its log has grown."""
+_KEPT = 1200
+"""Tasks that are kept ready: a full queue, each of which changes its place when the first begins.
+
+About 0.5 KiB each.
+"""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A task as watchers see it now."""
+
+    key: int
+    revision: int
+    state: TaskState
+    data: bytes
+    """The message."""
 
 
 class TaskChanges:
@@ -37,17 +55,24 @@ class TaskChanges:
         # Kept up to date only while somebody watches.
         self._standing = dict[int, TaskState]()
         self._positions = dict[int, int]()
+        # Which task changed its place in the queue at which of the changes of the queue, in order:
+        # one for all watchers, each of which looks when it is its turn.
+        self._moves = dict[int, int]()
+        self._moved = 0
+        self._shown = dict[int, Shown]()
 
     @contextlib.contextmanager
     def watch(self) -> Generator[TaskWatcher]:
         """Within it, nothing that changes is missed."""
         self._begin()
-        watcher = TaskWatcher()
+        watcher = TaskWatcher(self._moves, self._moved)
         self._watchers.add(watcher)
         try:
             yield watcher
         finally:
             self._watchers.discard(watcher)
+            if not self._watchers:
+                self._shown.clear()
 
     @contextlib.contextmanager
     def device_bell(self) -> Generator[asyncio.Event]:
@@ -67,6 +92,7 @@ class TaskChanges:
 
     def logged(self, task_key: int) -> None:
         """Events were appended to the log of a task."""
+        self._shown.pop(task_key, None)
         for watcher in self._watchers:
             watcher.note(task_key, _EVENTS)
 
@@ -77,18 +103,33 @@ class TaskChanges:
         for bell in self._bells:
             bell.set()
 
+    def shown(self, task_key: int) -> Shown | None:
+        """A task as somebody has read it, where it has not changed since."""
+        return self._shown.get(task_key)
+
+    def keep(self, shown: Shown) -> None:
+        """What was read of a task now, for the other watchers."""
+        if len(self._watchers) > 1:
+            self._shown[shown.key] = shown
+            if len(self._shown) > _KEPT:
+                del self._shown[next(iter(self._shown))]
+
     def _begin(self) -> None:
         if not self._watchers and not self._bells:
+            self._moves.clear()
             self._standing = self._records.active_states()
             self._positions = scheduler.queue_positions(self._records.queue())
 
     def _saved(self, task: Task) -> None:
+        self._shown.pop(task.key, None)
         for watcher in self._watchers:
             watcher.note(task.key, task.revision)
         if self._watchers or self._bells:
             self._stands(task.key, task.state if task.state in ACTIVE else None)
 
     def _deleted(self, task: Task) -> None:
+        self._shown.pop(task.key, None)
+        self._moves.pop(task.key, None)
         for watcher in self._watchers:
             watcher.note(task.key, task.name)
 
@@ -101,19 +142,39 @@ class TaskChanges:
         if TaskState.QUEUED in (before, state):  # a move leaves its state what it was
             old = self._positions
             self._positions = scheduler.queue_positions(self._records.queue())
-            for key, position in self._positions.items():
-                if old.get(key) != position and key != task_key:
-                    for watcher in self._watchers:
-                        watcher.note(key, _PLACE)
+            self._move(
+                [
+                    key
+                    for key, position in self._positions.items()
+                    if old.get(key) != position and key != task_key
+                ]
+            )
         if state is not before:
             for bell in self._bells:
                 bell.set()
+
+    def _move(self, keys: list[int]) -> None:
+        """Tasks have other places in the queue."""
+        if not keys:
+            return
+        self._moved += 1
+        for key in keys:
+            self._shown.pop(key, None)
+            self._moves.pop(key, None)  # the newest are the last
+            self._moves[key] = self._moved
+        for key in [key for key in self._moves if key not in self._positions]:
+            del self._moves[key]  # it has begun, which was said of itself
+        for watcher in self._watchers:
+            watcher.moved(self._moved)
 
 
 class TaskWatcher:
     """One watcher: what it was sent, and what it has to look at again."""
 
-    def __init__(self) -> None:
+    def __init__(self, moves: dict[int, int], moved: int) -> None:
+        """Takes which tasks changed their place when, and the last of these changes."""
+        self._moves = moves
+        self._moves_seen = self._moved = moved
         self._listed = _Keys()
         # Revision of a task that has changed, or its name where it is deleted, in order.
         self._changed = dict[int, int | str]()
@@ -131,7 +192,12 @@ class TaskWatcher:
             self._changed[task_key] = change
         self._bell.set()
 
-    def sent(self, task: Task) -> None:
+    def moved(self, number: int) -> None:
+        """Tasks have changed their places in the queue, for the so-many-th time."""
+        self._moved = number
+        self._bell.set()
+
+    def sent(self, task: Task | Shown) -> None:
         """A task is sent as it stands: until it changes again, there is nothing to tell of it."""
         self._changed.pop(task.key, None)
         self._listed.add(task.key)
@@ -150,6 +216,7 @@ class TaskWatcher:
     def take(self, most: int) -> list[tuple[int, str]]:
         """Up to so many tasks to look at now, by their keys; with its name, one that is deleted."""
         self._bell.clear()
+        self._look_at_moves()
         found = list[tuple[int, str]]()
         for key, change in self._changed.items():
             if self._wait(key, change) <= 0:
@@ -160,6 +227,7 @@ class TaskWatcher:
 
     async def wait(self, seconds: float) -> None:
         """Returns once there may be something to take, or time is up."""
+        self._look_at_moves()
         waits = [self._wait(key, change) for key, change in self._changed.items()]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min([seconds, *waits])):
@@ -168,6 +236,15 @@ class TaskWatcher:
     def wake(self) -> None:
         """Lets it look."""
         self._bell.set()
+
+    def _look_at_moves(self) -> None:
+        if self._moves_seen == self._moved:
+            return
+        for key in reversed(self._moves):
+            if self._moves[key] <= self._moves_seen:
+                break
+            self._changed.setdefault(key, _PLACE)
+        self._moves_seen = self._moved
 
     def _wait(self, key: int, change: int | str) -> float:
         """Seconds until a change may be sent."""

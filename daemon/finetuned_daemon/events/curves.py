@@ -11,7 +11,7 @@ import contextlib
 import math
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetuned.v1 import event_pb2
@@ -27,6 +27,8 @@ _BUCKETS_AT_ONCE = 500
 _LOADS_AT_ONCE = 2
 _KEPT_SECONDS = 60.0
 _KEPT_POINTS = BY_NAME["kept_points"].default
+_NEVER = 1 << 62
+"""As `last_seq`: nothing is to be read of the log any more."""
 _KEPT_RUNS = 250
 """A run costs some KiB even where it has no point."""
 _ANSWER_POINTS = BY_NAME["thinned_points"].default
@@ -61,6 +63,8 @@ class _Column:
 
     rows: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
+    total: int = 0
+    """Points that it had before it was thinned out; less than there are: it was not."""
 
 
 class RunCurves:
@@ -73,6 +77,23 @@ class RunCurves:
         self._epochs = array("d")
         self._times = array("d")
         self._columns = dict[str, _Column]()
+
+    @classmethod
+    def restored(cls, curves: Sequence[Points]) -> RunCurves:
+        """The curves of a run of which only so much is left."""
+        measured = dict[tuple[int, float, float], dict[str, float]]()
+        for points in curves:
+            for step, value, epoch, time in zip(
+                points.steps, points.values, points.epochs, points.times, strict=True
+            ):
+                measured.setdefault((step, time, epoch), {})[points.metric] = value
+        result = cls()
+        result.last_seq = _NEVER
+        for step, time, epoch in sorted(measured):
+            result.add(step, epoch, time, measured[step, time, epoch])
+        for points in curves:
+            result._columns[points.metric].total = points.point_count
+        return result
 
     @property
     def point_count(self) -> int:
@@ -205,7 +226,7 @@ class RunCurves:
             values=[column.values[index] for index in indices],
             epochs=[self._epochs[row] for row in rows],
             times=[self._times[row] for row in rows],
-            point_count=len(column.rows) - first,
+            point_count=max(column.total, len(column.rows)) - first,
         )
 
     def _go_back_to(self, step: int) -> None:
@@ -258,6 +279,8 @@ class Curves:
         self._rows = EventRows(database)
         self._kept = dict[tuple[int, int], _Kept]()
         self._loads = asyncio.Semaphore(_LOADS_AT_ONCE)
+        self.digest: Callable[[int, int], RunCurves | None] = lambda _, __: None
+        """What stands for the log of a run, by its task's key and its number; None: it does."""
 
     @contextlib.asynccontextmanager
     async def of(self, task_key: int, run: int) -> AsyncGenerator[RunCurves]:
@@ -270,8 +293,14 @@ class Curves:
             kept.timer.cancel()
         try:
             async with kept.lock:
-                async with self._loads:
-                    await self._read_on(task_key, run, kept.curves)
+                digest = None if kept.curves.last_seq else self.digest(task_key, run)
+                if digest is not None:
+                    kept.curves = digest
+                else:
+                    async with self._loads:
+                        await self._read_on(task_key, run, kept.curves)
+                    # Deleted while it was read?
+                    kept.curves = self.digest(task_key, run) or kept.curves
                 yield kept.curves
         finally:
             kept.users -= 1
@@ -289,7 +318,8 @@ class Curves:
             rows = self._rows.small(task_key, run, curves.last_seq, bounds[1], _SLICE, _SMALL_BYTES)
             for seq, body in rows:
                 curves.last_seq = seq
-                _take(curves, self._rows.one(task_key, seq) if body is None else body)
+                body = self._rows.one(task_key, seq) if body is None else body
+                take(curves, event_pb2.Event.FromString(body))
             if len(rows) < _SLICE:
                 return
             await asyncio.sleep(0)
@@ -307,8 +337,8 @@ class Curves:
                     kept.timer.cancel()
 
 
-def _take(curves: RunCurves, body: bytes) -> None:
-    event = event_pb2.Event.FromString(body)
+def take(curves: RunCurves, event: event_pb2.Event) -> None:
+    """Takes what an event has measured, if it has."""
     kind = event.WhichOneof("payload")
     if kind == "metrics":
         measured: event_pb2.Metrics | event_pb2.Evaluation = event.metrics

@@ -9,10 +9,13 @@ import asyncio
 import logging
 
 from finetuned_daemon.errors import DiskFull
+from finetuned_daemon.events.compaction import Compaction
+from finetuned_daemon.events.digest import Digests
 from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.digest_rows import DigestRows
 from finetuned_daemon.store.event_rows import EventRows
 
-_AT_ONCE = 2000
+_AT_ONCE = 500
 """Events deleted in one transaction: others get their turn between two."""
 
 _log = logging.getLogger(__name__)
@@ -21,15 +24,19 @@ _log = logging.getLogger(__name__)
 class Retention:
     """Looks at the end of each run. Used on the event loop's thread alone."""
 
-    def __init__(self, database: Database, most: int) -> None:
-        """Takes the bound; 0: none."""
+    def __init__(self, database: Database, digests: Digests, most: int, most_bytes: int) -> None:
+        """Takes the bounds of a task's log, in events, and of the whole database; 0: none."""
         self._rows = EventRows(database)
+        self._logs = DigestRows(database)
+        self._digests = digests
+        self.compaction = Compaction(database, digests, most_bytes)
         self._most = most
         self._to_look_at: asyncio.Queue[int] = asyncio.Queue()
         self._worker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Looks at all tasks now, and from now on at those whose runs end."""
+        self.compaction.start()
         if self._most:
             for task_key in self._rows.too_long(self._most):
                 self.look(task_key)
@@ -37,11 +44,13 @@ class Retention:
 
     def look(self, task_key: int) -> None:
         """A run of the task has ended."""
+        self.compaction.look()
         if self._most:
             self._to_look_at.put_nowait(task_key)
 
     async def close(self) -> None:
         """Ends it; what is left is done after the next start."""
+        await self.compaction.close()
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -50,9 +59,18 @@ class Retention:
         while True:
             task_key = await self._to_look_at.get()
             try:
+                await self._keep_digests(task_key)
                 is_over = False
                 while not is_over:
                     is_over = not self._rows.trim(task_key, self._most, _AT_ONCE)
                     await asyncio.sleep(0)
             except DiskFull as error:  # at the end of its next run it is tried again
                 _log.warning("events can't be deleted: %s", error)
+
+    async def _keep_digests(self, task_key: int) -> None:
+        """Keeps the curves, and what people look back at, of runs that lose events."""
+        newest = self._rows.loses_before(task_key, self._most)
+        if newest is None:
+            return
+        for log in self._logs.earlier(task_key, newest + 1):
+            await self._digests.make(log)

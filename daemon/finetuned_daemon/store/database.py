@@ -6,9 +6,9 @@ import contextlib
 import logging
 import secrets
 import sqlite3
-from collections.abc import Callable, Generator
-from importlib import resources
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 from finetuned_daemon.errors import DiskFull
 from finetuned_daemon.runs.contract import boot_id
@@ -18,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 _FULL_MESSAGES = ("disk is full", "disk I/O error")
 _MIGRATION_BACKUPS = 3
+_MIGRATIONS = Path(__file__).with_name("migrations")
 
 # Rows of `meta`.
 _EPOCH = "log_epoch"
@@ -49,6 +50,8 @@ class Database:
         try:
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=5)
             self._connection.row_factory = sqlite3.Row
+            # Of a new one alone; an older one has it once `finetuned db compact` has rewritten it.
+            self._connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
             self._connection.execute("PRAGMA foreign_keys = ON")
@@ -102,18 +105,58 @@ class Database:
         """All rows of a bounded query; no read transaction stays open behind it."""
         return self._connection.execute(sql, values).fetchall()
 
+    @contextlib.contextmanager
+    def reading(self, sql: str, *values: object) -> Generator[Iterator[tuple[Any, ...]]]:
+        """Rows as plain tuples, read as they are taken; never to be held over an `await`."""
+        with contextlib.closing(self._connection.cursor()) as cursor:
+            cursor.row_factory = None
+            yield cursor.execute(sql, values)
+
     def query_one(self, sql: str, *values: object) -> sqlite3.Row | None:
         """The first row, if there is one."""
         rows = self.query(sql, *values)
         return rows[0] if rows else None
 
+    def written(self) -> int | None:
+        """Goes up with every row that is written, and so tells that nothing was.
+
+        None while a transaction is open: what is read in it may never become true.
+        """
+        connection = self._connection
+        return None if connection.in_transaction else connection.total_changes
+
     def oldest_record(self) -> int | None:
         """When the first task or template was made, as their records have it; None: none."""
         row = self.query_one(
-            "SELECT min(create_time) AS first FROM (SELECT create_time FROM tasks "
-            "UNION ALL SELECT create_time FROM templates)"
+            "SELECT min(create_time) AS first FROM ("
+            "SELECT * FROM (SELECT create_time FROM tasks ORDER BY key LIMIT 1) UNION ALL "
+            "SELECT * FROM (SELECT create_time FROM templates ORDER BY key LIMIT 1))"
         )
         return row["first"] if row else None
+
+    def used_bytes(self) -> int:
+        """Bytes of all its pages that hold something."""
+        free = self.query("PRAGMA freelist_count")[0][0]
+        size = self.query("PRAGMA page_size")[0][0]
+        return (int(self.query("PRAGMA page_count")[0][0]) - int(free)) * int(size)
+
+    def give_back(self, pages: int) -> bool:
+        """Gives up to so many free pages back to the disk; whether there may be more.
+
+        Nothing where it was made by a version that could not.
+        """
+        before = self.query("PRAGMA freelist_count")[0][0]
+        self.query(f"PRAGMA incremental_vacuum({pages})")
+        after = self.query("PRAGMA freelist_count")[0][0]
+        return 0 < int(after) < int(before)
+
+    def rewrite(self) -> None:
+        """Writes all of it anew without free pages; nobody else may have it open.
+
+        From then on free pages can be given back.
+        """
+        self.query("VACUUM")
+        self.query("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def new_epoch(self) -> None:
         """Begins a new log: every cursor into the old one is told so."""
@@ -135,7 +178,7 @@ class Database:
         version = integrity.version_of(self._connection)
         scripts = {
             int(entry.name.split("_")[0]): entry.read_text("utf-8")
-            for entry in resources.files("finetuned_daemon.store").joinpath("migrations").iterdir()
+            for entry in _MIGRATIONS.iterdir()
             if entry.name.endswith(".sql")
         }
         newest = max(scripts)

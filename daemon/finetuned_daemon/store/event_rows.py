@@ -36,8 +36,9 @@ class EventRows:
         """Up to `limit` bodies after `after_seq`, oldest first; `run` 0: of all runs."""
         if run:
             rows = self._database.query(
-                "SELECT body FROM events WHERE task_key = ? AND run = ? AND seq > ? "
-                "ORDER BY seq LIMIT ?",
+                # SQLite would go through the events of the runs before it.
+                "SELECT body FROM events INDEXED BY events_by_run "
+                "WHERE task_key = ? AND run = ? AND seq > ? ORDER BY seq LIMIT ?",
                 task_key,
                 run,
                 after_seq,
@@ -51,6 +52,28 @@ class EventRows:
                 limit,
             )
         return [bytes(row["body"]) for row in rows]
+
+    def page(
+        self, task_key: int, after_seq: int, limit: int, most_bytes: int
+    ) -> tuple[int, list[bytes]]:
+        """The last `seq` of up to `limit` events after `after_seq`, 0 for none, and their bodies.
+
+        Of `most_bytes` together, but one at least; what is beyond is not read.
+        """
+        last, size, bodies = 0, 0, list[bytes]()
+        with self._database.reading(
+            "SELECT seq, body FROM events WHERE task_key = ? AND seq > ? ORDER BY seq LIMIT ?",
+            task_key,
+            after_seq,
+            limit,
+        ) as rows:
+            for seq, body in rows:
+                size += len(body)
+                if size > most_bytes and bodies:
+                    break
+                last = seq
+                bodies.append(body)
+        return last, bodies
 
     def of_run(self, task_key: int, run: int) -> tuple[int, int] | None:
         """The first and the last `seq` of a run, of what is kept; None: nothing is."""
@@ -107,6 +130,33 @@ class EventRows:
             most,
         )
         return [row["key"] for row in rows]
+
+    def shorten(self, task_key: int, at_once: int) -> bool:
+        """Deletes the oldest events of a task; False where no more than `at_once` are left."""
+        with self._database.transaction(durable=False) as connection:
+            row = connection.execute(
+                "SELECT first_seq, last_seq FROM tasks WHERE key = ?", (task_key,)
+            ).fetchone()
+            if row is None or row["last_seq"] - row["first_seq"] < at_once:
+                return False
+            first = row["first_seq"] + at_once
+            connection.execute(
+                "DELETE FROM events WHERE task_key = ? AND seq < ?", (task_key, first)
+            )
+            connection.execute("UPDATE tasks SET first_seq = ? WHERE key = ?", (first, task_key))
+            return True
+
+    def loses_before(self, task_key: int, most: int) -> int | None:
+        """The newest run of which `trim` would delete something; None: it would not."""
+        row = self._database.query_one(
+            f"SELECT (SELECT run FROM events WHERE task_key = tasks.key AND seq < goal "  # noqa: S608
+            "ORDER BY seq DESC LIMIT 1) AS run FROM (SELECT key, first_seq, "
+            f"min(last_seq - ? + 1, {_NEWEST_RUNS_FIRST}) AS goal FROM tasks "
+            f"WHERE key = ? AND {_HAS_ENDED}) AS tasks WHERE goal > first_seq",
+            most,
+            task_key,
+        )
+        return None if row is None or row["run"] is None else int(row["run"])
 
     def trim(self, task_key: int, most: int, at_once: int) -> bool:
         """Deletes the oldest events beyond `most`, never those of the newest run.

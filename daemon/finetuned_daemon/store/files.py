@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
-
 from finetuned_daemon.runs.contract import make_dirs, sync_dir
 
 COMPANIONS = ("", "-wal", "-shm")
@@ -99,4 +97,6 @@ def _mounts() -> list[tuple[str, str]]:
         mounts = parse_mountinfo(mountinfo.read_text())
         # A sandbox's root may be served to it by 9p; it has no other disk, and nobody shares it.
         return [mount for mount in mounts if mount != ("/", "9p")]
+    import psutil  # not on Linux, where a daemon starts sooner without it
+
     return [(part.mountpoint, part.fstype) for part in psutil.disk_partitions(all=True)]

@@ -19,7 +19,7 @@ _OF_THE_MACHINE = (
     *("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_READONLY"),
     *("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_NOMEM"),
 )
-_MOST_BYTES = 256 << 20
+_MOST_BYTES = 64 << 20
 """A larger database has SQLite's own check only where there is no bound: nothing interrupts it.
 
 It takes about a second a gigabyte from a warm disk, and from a cold one as long as reading it.
@@ -50,6 +50,22 @@ class Verdict:
     """Everything was looked at; False where the time was up first."""
 
 
+class Budget:
+    """How long a check may take.
+
+    Counted in the time of this thread on a core, so that others on the machine take none of it;
+    a slow disk may take ten times as long.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.thread_time() + seconds
+        self._latest = time.monotonic() + 10 * seconds
+
+    def is_over(self) -> bool:
+        """Whether it is used up."""
+        return time.thread_time() > self._until or time.monotonic() > self._latest
+
+
 def open_read_only(path: Path, *, immutable: bool = False) -> sqlite3.Connection:
     """A connection that never writes and never checkpoints.
 
@@ -67,7 +83,7 @@ def check(
     connection: sqlite3.Connection,
     *,
     thorough: bool,
-    seconds: float | None = None,
+    budget: Budget | None = None,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Verdict:
     """Looks at everything, or at as much as the time allows.
@@ -75,19 +91,18 @@ def check(
     Args:
         connection: Of a database of any version of ours.
         thorough: Also holds indexes against their tables, which takes twice as long.
-        seconds: How long it may take, so that of a large one only rows are looked at; None: as
+        budget: How long it may take, so that of a large one only rows are looked at; None: as
             long as it takes.
         is_cancelled: Asked again and again; True ends it.
     """
-    until = None if seconds is None else time.monotonic() + seconds
     connection.set_progress_handler(
-        lambda: is_cancelled() or (until is not None and time.monotonic() > until), _LOOK_EVERY
+        lambda: is_cancelled() or (budget is not None and budget.is_over()), _LOOK_EVERY
     )
     problems = list[str]()
     is_complete = True
     try:
         pragma = "integrity_check" if thorough else "quick_check"
-        if until is not None and size_of(connection) > _MOST_BYTES:
+        if budget is not None and size_of(connection) > _MOST_BYTES:
             is_complete, pragma = False, ""
         for problem in _problems(connection, pragma):
             problems.append(problem)

@@ -29,8 +29,11 @@ from finetuned_daemon.store.records import Records
 _log = logging.getLogger(__name__)
 
 _PAGE = 100
-_CHECK_SECONDS = 5.0
-"""Bound of the check at a start. After a loss of power it has none."""
+_CHECK_SECONDS = 0.2
+"""Bound of each of the two checks at a start, as integrity.Budget has it.
+
+After a loss of power the first has none. A daily backup is read as a whole.
+"""
 
 # sqlite.org/wal.html#walresetbug
 _WAL_RESET_BUG = ((3, 7, 0), (3, 51, 2))
@@ -92,14 +95,14 @@ def check_present(
     try:
         with contextlib.closing(integrity.open_read_only(path, immutable=is_still)) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            seconds = None if thorough else _CHECK_SECONDS
+            budget = None if thorough else integrity.Budget(_CHECK_SECONDS)
             if not thorough and (
                 integrity.version_of(connection) and may_have_lost_its_end(connection)
             ):
-                seconds = None
+                budget = None
                 size = integrity.size_of(connection) >> 20
                 _log.info("the machine went down under the last daemon: %d MiB are checked", size)
-            return integrity.check(connection, thorough=thorough, seconds=seconds)
+            return integrity.check(connection, thorough=thorough, budget=budget)
     except sqlite3.DatabaseError as error:
         if integrity.is_about_the_machine(error):
             raise DatabaseUnusable(explain(path, error)) from error
@@ -145,9 +148,9 @@ def _check_records(database: Database) -> None:
 
     The newest first, for as long as a start may take.
     """
-    records, until, before = Records(database), time.monotonic() + _CHECK_SECONDS, 0
+    records, budget, before = Records(database), integrity.Budget(_CHECK_SECONDS), 0
     try:
-        while time.monotonic() < until:
+        while not budget.is_over():
             tasks = records.tasks(limit=_PAGE, before_key=before, states=(), display_name="")
             for task in tasks:
                 records.runs(task.key, limit=_PAGE)

@@ -18,10 +18,18 @@ from finetuned_daemon.runs.contract import (
     TrainingType,
 )
 from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.kept import Kept
 from finetuned_daemon.tasks import PauseReason, Run, Standing, Task, TaskState
 
+_BEYOND = 1 << 62
+"""Beyond every key."""
+_ACTIVE_RUNS = "runs INDEXED BY runs_active WHERE state IN ('QUEUED', 'RUNNING')"
+"""SQLite would go through all runs by their places, so as not to sort some."""
 _LOOKED_AT_EVERY = 1000
 """Answers kept between two looks at how many there are."""
+
+_MOST_KEPT = 256
+"""Tasks that are kept as they were read, two pages, and half as many runs; each about 14 KiB."""
 
 
 class Records:
@@ -30,6 +38,11 @@ class Records:
     def __init__(self, database: Database, limits: Limits | None = None) -> None:
         self._database = database
         self._limits = limits or Limits()
+        self._task = Kept(_task, _MOST_KEPT)
+        self._run = Kept(_run, _MOST_KEPT // 2)
+        self._defaults: Parameters | None = None
+        # Of all tasks, once somebody has asked: to count them at each creation takes a while.
+        self._count: int | None = None
         self.on_saved: Callable[[Task], None] = lambda _: None
         """Called with a task that was made or changed, once that is committed."""
         self.on_deleted: Callable[[Task], None] = lambda _: None
@@ -40,12 +53,12 @@ class Records:
     def task(self, task_id: str) -> Task | None:
         """The task of an id."""
         row = self._database.query_one("SELECT * FROM tasks WHERE task_id = ?", task_id)
-        return None if row is None else _task(row)
+        return None if row is None else self._task(row)
 
     def task_by_key(self, key: int) -> Task | None:
         """The task of a row."""
         row = self._database.query_one("SELECT * FROM tasks WHERE key = ?", key)
-        return None if row is None else _task(row)
+        return None if row is None else self._task(row)
 
     def is_display_name_taken(self, display_name: str) -> bool:
         """Whether a task has this display name."""
@@ -55,30 +68,63 @@ class Records:
         )
 
     def tasks(
-        self, *, limit: int, before_key: int, states: Sequence[TaskState], display_name: str
+        self,
+        *,
+        limit: int,
+        before_key: int,
+        states: Sequence[TaskState],
+        display_name: str,
+        with_parameters: bool = True,
     ) -> list[Task]:
-        """Up to `limit` tasks, newest first; `before_key` 0: from the newest."""
+        """Up to `limit` tasks, newest first; `before_key` 0: from the newest.
+
+        Without parameters they have the defaults in their place, and take a third of the time.
+        """
         where, values = ["1"], list[object]()
         if before_key:
             where.append("key < ?")
             values.append(before_key)
-        if states:
-            where.append(f"state IN ({', '.join('?' * len(states))})")
-            values.extend(state.value for state in states)
         if display_name:
             where.append("display_name = ?")
             values.append(display_name)
+        if states and display_name:
+            where.append(f"state IN ({', '.join('?' * len(states))})")
+            values.extend(state.value for state in states)
+        elif states:
+            # With IN, SQLite sorts all tasks of these states for each page.
+            keys = {key for state in set(states) for key in self._keys(state, before_key, limit)}
+            where.append("key IN (SELECT value FROM json_each(?))")
+            values.append(json.dumps(sorted(keys, reverse=True)[:limit]))
         rows = self._database.query(
             f"SELECT * FROM tasks WHERE {' AND '.join(where)} ORDER BY key DESC LIMIT ?",  # noqa: S608 - no value in it
             *values,
             limit,
         )
-        return [_task(row) for row in rows]
+        if not with_parameters:
+            if self._defaults is None:
+                self._defaults = Parameters()
+            return [_task(row, self._defaults) for row in rows]
+        return [self._task(row) for row in rows]
+
+    def _keys(self, state: TaskState, before_key: int, limit: int) -> list[int]:
+        """Keys of up to `limit` tasks in a state, newest first, as the index has them."""
+        rows = self._database.query(
+            "SELECT key FROM tasks WHERE state = ? AND key < ? ORDER BY key DESC LIMIT ?",
+            state.value,
+            before_key or _BEYOND,
+            limit,
+        )
+        return [row["key"] for row in rows]
 
     def count(self, state: TaskState | None = None) -> int:
         """How many tasks there are, in a state or in all."""
+        if state is None:
+            if self._count is None:
+                row = self._database.query_one("SELECT count(*) AS number FROM tasks")
+                self._count = int(row["number"]) if row else 0
+            return self._count
         row = self._database.query_one(
-            "SELECT count(*) AS number FROM tasks WHERE ? IS NULL OR state = ?", state, state
+            "SELECT count(*) AS number FROM tasks WHERE state = ?", state.value
         )
         return int(row["number"]) if row else 0
 
@@ -113,6 +159,7 @@ class Records:
         columns = _task_columns(task)
         cursor = connection.execute(insert("tasks", columns), columns)
         task = replace(task, key=int(cursor.lastrowid or 0))
+        self._database.after_commit(lambda: self._counted(1))
         self._database.after_commit(lambda: self.on_saved(task))
         return task
 
@@ -125,8 +172,14 @@ class Records:
 
     def delete_task(self, connection: sqlite3.Connection, task: Task) -> None:
         """Deletes a task with its runs and events."""
-        connection.execute("DELETE FROM tasks WHERE key = ?", (task.key,))
+        cursor = connection.execute("DELETE FROM tasks WHERE key = ?", (task.key,))
+        deleted = cursor.rowcount
+        self._database.after_commit(lambda: self._counted(-deleted))
         self._database.after_commit(lambda: self.on_deleted(task))
+
+    def _counted(self, more: int) -> None:
+        if self._count is not None:
+            self._count += more
 
     # --- runs
 
@@ -135,7 +188,7 @@ class Records:
         row = self._database.query_one(
             "SELECT * FROM runs WHERE task_key = ? AND number = ?", task_key, number
         )
-        return None if row is None else _run(row)
+        return None if row is None else self._run(row)
 
     def runs(self, task_key: int, *, limit: int, before_number: int = 0) -> list[Run]:
         """Up to `limit` runs of a task, newest first; `before_number` 0: from the newest."""
@@ -147,22 +200,21 @@ class Records:
             before_number,
             limit,
         )
-        return [_run(row) for row in rows]
+        return [self._run(row) for row in rows]
 
     def active_runs(self) -> list[Run]:
         """Every run that is QUEUED or RUNNING, in the order of the queue."""
         rows = self._database.query(
-            "SELECT * FROM runs WHERE state IN ('QUEUED', 'RUNNING') ORDER BY place, key"
+            f"SELECT * FROM {_ACTIVE_RUNS} ORDER BY place, key"  # noqa: S608 - no value in it
         )
-        return [_run(row) for row in rows]
+        return [self._run(row) for row in rows]
 
     def occupancy(self) -> dict[str, tuple[str, int]]:
         """By device, the id of the task that runs on it, or nothing, and how many wait for it."""
         rows = self._database.query(
-            "SELECT device, max(iif(state = 'RUNNING', "
+            "SELECT device, max(iif(state = 'RUNNING', "  # noqa: S608 - no value in it
             "(SELECT task_id FROM tasks WHERE tasks.key = task_key), '')) AS running, "
-            "sum(state = 'QUEUED') AS queued FROM runs WHERE state IN ('QUEUED', 'RUNNING') "
-            "GROUP BY device"
+            f"sum(state = 'QUEUED') AS queued FROM {_ACTIVE_RUNS} GROUP BY device"
         )
         return {row["device"]: (row["running"], row["queued"]) for row in rows}
 
@@ -178,12 +230,13 @@ class Records:
     def paused_runs(self) -> list[Run]:
         """Every run that is PAUSED."""
         rows = self._database.query("SELECT * FROM runs WHERE state = 'PAUSED' ORDER BY key")
-        return [_run(row) for row in rows]
+        return [self._run(row) for row in rows]
 
     def queue(self) -> list[tuple[int, str]]:
         """Task and device of every run that is QUEUED, in the order of the queue."""
         rows = self._database.query(
-            "SELECT task_key, device FROM runs WHERE state = 'QUEUED' ORDER BY place, key"
+            f"SELECT task_key, device FROM {_ACTIVE_RUNS} AND state = 'QUEUED' "  # noqa: S608
+            "ORDER BY place, key"
         )
         return [(row["task_key"], row["device"]) for row in rows]
 
@@ -217,14 +270,16 @@ class Records:
             "SELECT runs.* FROM runs JOIN tasks ON tasks.key = task_key "
             "WHERE runs.state = 'COMPLETED' AND NOT runs.is_probe "
             "AND runs.device = ? AND tasks.training_type = ? "
-            "AND json_extract(runs.parameters, '$.data.model_path') = ? "
+            # The words of the index runs_by_speed.
+            "AND iif(json_valid(runs.parameters), "
+            "json_extract(runs.parameters, '$.data.model_path'), NULL) = ? "
             "AND json_extract(runs.progress, '$.tokens_per_second') > 0 "
             "ORDER BY runs.key DESC LIMIT 20",
             device,
             training_type.value,
             model_path,
         )
-        return [_run(row) for row in rows]
+        return [self._run(row) for row in rows]
 
     def insert_run(self, connection: sqlite3.Connection, run: Run) -> Run:
         """Writes a new run; returns it with its key."""
@@ -317,13 +372,13 @@ def _task_columns(task: Task) -> dict[str, object]:
     }
 
 
-def _task(row: sqlite3.Row) -> Task:
+def _task(row: sqlite3.Row, parameters: Parameters | None = None) -> Task:
     return Task(
         key=row["key"],
         task_id=row["task_id"],
         display_name=row["display_name"],
         training_type=TrainingType(row["training_type"]),
-        parameters=Parameters.model_validate_json(row["parameters"]),
+        parameters=parameters or Parameters.model_validate_json(row["parameters"]),
         device=row["device"],
         template=row["template"],
         state=TaskState(row["state"]),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.kept import Kept
 from finetuned_daemon.store.records import insert, update
 from finetuned_daemon.templates import Template
 
@@ -17,23 +18,46 @@ class TemplateRows:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._template = Kept(_template, 128)
 
     def template(self, template_id: str) -> Template | None:
         """The template of an id."""
         row = self._database.query_one("SELECT * FROM templates WHERE template_id = ?", template_id)
-        return None if row is None else _template(row)
+        return None if row is None else self._template(row)
 
     def named(self, display_name: str) -> Template | None:
         """The template of a display name."""
         row = self._database.query_one(
             "SELECT * FROM templates WHERE display_name = ?", display_name
         )
-        return None if row is None else _template(row)
+        return None if row is None else self._template(row)
 
-    def all(self) -> list[Template]:
-        """Every custom template, by display name."""
-        rows = self._database.query("SELECT * FROM templates ORDER BY display_name, key")
-        return [_template(row) for row in rows]
+    def page(
+        self, training_type: TrainingType | None, display_name: str, skipped: int, limit: int
+    ) -> list[Template]:
+        """Up to `limit` custom templates by display name, behind the first so many.
+
+        Args:
+            training_type: Only of this type; None: of each.
+            display_name: Only the one of this name; empty: all.
+            skipped: Not read from the disk but for the index of names.
+            limit: At most.
+        """
+        where, values = ["1"], list[object]()
+        if training_type is not None:
+            where.append("training_type = ?")
+            values.append(training_type.value)
+        if display_name:
+            where.append("display_name = ?")
+            values.append(display_name)
+        rows = self._database.query(
+            f"SELECT * FROM templates WHERE {' AND '.join(where)} "  # noqa: S608 - no value in it
+            "ORDER BY display_name, key LIMIT ? OFFSET ?",
+            *values,
+            limit,
+            skipped,
+        )
+        return [self._template(row) for row in rows]
 
     def insert(self, connection: sqlite3.Connection, template: Template) -> Template:
         """Writes a new template; returns it with its key."""
