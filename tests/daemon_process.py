@@ -57,7 +57,9 @@ class Daemon:
         # In a deep folder the socket lies elsewhere: its path must be short.
         self.paths = paths(root / "state", root / "run")
         self._root = root
-        self.options = ["--runner-module", runner_module, "--heartbeat-seconds", "0.3", *options]
+        # Most tests have no use for a standby; many would wait for the core that it warms up on.
+        own = ["--runner-module", runner_module, "--standby-idle-minutes", "0"]
+        self.options = [*own, "--heartbeat-seconds", "0.3", *options]
         self.environment = dict[str, str]()
         """For the daemon, beside that of the tests."""
         self.log = root / "daemon.log"
@@ -127,7 +129,7 @@ class Daemon:
                 one.kill()
                 one.wait()
         for process in psutil.process_iter(["cmdline"]):
-            command = process.info["cmdline"] or [""]
+            command = [part for part in process.info["cmdline"] or [] if part] or [""]
             if command[-1].startswith(str(self.paths.state_dir)):
                 process.kill()
         if not self.paths.runtime_dir.is_relative_to(self._root):

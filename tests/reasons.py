@@ -44,6 +44,7 @@ _OTHER_PREFIXES = (
         "TQDM_",
         "LC_",
         "PYTHON_",
+        "PYTORCH_",
         "F6_",
     ),
     *("F8_", "F4_", "XDG_", "NVIDIA_", "NCCL_", "O_", "AF_", "SIG", "DBUS_", "LISTEN_"),

@@ -27,6 +27,10 @@ class Config:
     """Python that runs train with."""
     runner_module: str = "finetuned_runner"
     """Module that Python runs as the runner."""
+    standby_idle_minutes: float = 15.0
+    """Time without a start after which the standby is dropped; 0: there is none."""
+    standby_spare: bool = False
+    """The standby becomes a run itself, as where a fork is not safe, and forks none."""
     save_deadline_seconds: float = 600.0
     """Time that a stop has for its checkpoint before the runner gets SIGTERM.
 

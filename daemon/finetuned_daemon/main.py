@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -15,13 +16,13 @@ from pathlib import Path
 from finetuned._paths import RUNTIME_DIR_VARIABLE, STATE_DIR_VARIABLE, paths
 from finetuned._version import __version__
 from finetuned_daemon import logs
-from finetuned_daemon.commands import db, notify, service, token
 from finetuned_daemon.config import Config
 from finetuned_daemon.instance import AlreadyServing, Instance
 from finetuned_daemon.limits import LIMITS, Limits, raise_open_files
 from finetuned_daemon.listen import BadAddress, parse_listen, parse_metrics_listen
 from finetuned_daemon.notify.settings import add_options as add_notify_options
 from finetuned_daemon.notify.settings import settings as notify_settings
+from finetuned_daemon.plugins import refuse_plugins
 from finetuned_daemon.privacy import FolderUnsafe
 from finetuned_daemon.service import handed
 from finetuned_daemon.store.database import DatabaseUnusable
@@ -31,6 +32,8 @@ from finetuned_daemon.tls import TLSFiles, TLSUnusable
 EXIT_UNUSABLE = 1
 EXIT_ALREADY_SERVING = 3
 
+_SERVE = "serve"
+
 _log = logging.getLogger("finetuned_daemon")
 
 
@@ -38,17 +41,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
     # What the daemon writes is for its user alone; runs get the umask that it was started with.
     umask = os.umask(0o077)
-    parser, serve_parser = _parser()
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    parser, serve_parser = _parser(serves=list(given[:1]) == [_SERVE])
+    arguments = parser.parse_args(given)
+    if arguments.command == _SERVE:
+        return _serve(_config(serve_parser, arguments, umask))
+    return _run(arguments, umask)
+
+
+def _run(arguments: argparse.Namespace, umask: int) -> int:
+    """Runs another command than `serve`; returns the exit status."""
+    from finetuned_daemon.commands import db, notify, service, token
+
     if arguments.command == db.COMMAND:
         return db.run(arguments)
     if arguments.command == token.COMMAND:
         return token.run(arguments)
     if arguments.command == notify.COMMAND:
         return notify.run(arguments, umask)
-    if arguments.command == service.COMMAND:
-        return service.run(arguments)
-    return _serve(_config(serve_parser, arguments, umask))
+    return service.run(arguments)
 
 
 def _serve(config: Config) -> int:
@@ -60,6 +71,8 @@ def _serve(config: Config) -> int:
             file=sys.stderr,
         )
         return EXIT_UNUSABLE
+    refuse_plugins()
+    gc.disable()  # until it serves, as in `entry.py`
     # Half of what takes time before `finetuned token` answers, and only this command needs it.
     from finetuned_daemon.server import serve
 
@@ -90,8 +103,13 @@ def _serve(config: Config) -> int:
     return 0
 
 
-def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The parser of all commands, and the one of `serve`."""
+def _parser(*, serves: bool = False) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser of all commands, and the one of `serve`.
+
+    Args:
+        serves: Only that one is needed: what the others import is not, and a daemon that starts
+            does not wait for it.
+    """
     default = Config(paths=paths())
     parser = argparse.ArgumentParser(
         prog="finetuned",
@@ -100,7 +118,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     parser.add_argument("--version", action="version", version=f"finetuned {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = commands.add_parser(
-        "serve",
+        _SERVE,
         help="serve in the foreground until SIGTERM",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -141,6 +159,19 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     command.add_argument(
         "--runner-module", default=default.runner_module, help="module that is the runner"
+    )
+    command.add_argument(
+        "--standby-idle-minutes",
+        type=float,
+        default=default.standby_idle_minutes,
+        metavar="MINUTES",
+        help="time that a process which has imported everything is kept after a run, for the next "
+        "to begin from; 0: none is",
+    )
+    command.add_argument(
+        "--standby-spare",
+        action="store_true",
+        help="it becomes the next run itself, as on systems other than Linux, and forks none",
     )
     command.add_argument(
         "--training-quota",
@@ -206,6 +237,10 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "loopback only, such as 127.0.0.1:9464",
     )
     add_notify_options(command)
+    if serves:
+        return parser, command
+    from finetuned_daemon.commands import db, notify, service, token
+
     db.register(commands)
     token.register(commands)
     notify.register(commands)
@@ -265,6 +300,8 @@ def _config(
         tls=tls,
         runner_python=arguments.runner_python,
         runner_module=arguments.runner_module,
+        standby_idle_minutes=arguments.standby_idle_minutes,
+        standby_spare=arguments.standby_spare,
         save_deadline_seconds=arguments.save_deadline_seconds,
         discard_deadline_seconds=arguments.discard_deadline_seconds,
         kill_deadline_seconds=arguments.kill_deadline_seconds,

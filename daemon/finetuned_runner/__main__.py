@@ -1,7 +1,8 @@
 """`python -m finetuned_runner RUN_DIR`: claims the run folder, trains, says how it ended.
 
 With `--inspect` instead of a folder it looks at training data: see `inspection`. With `--probe` it
-says what this Python can train with: see `probe`.
+says what this Python can train with: see `probe`. With `--standby` it imports everything and waits
+for a folder: see `standby`.
 
 Exit status: 0 where the run completed or stopped as wished, 1 where it failed, 2 for wrong usage,
 75 where the folder is another process's.
@@ -62,12 +63,21 @@ def main(arguments: list[str]) -> int:
         from finetuned_runner import inspection
 
         return inspection.main()
+    is_from_standby = arguments[:1] == ["--standby"]
+    if is_from_standby:
+        from finetuned_runner import standby
+
+        mode, model, _ = arguments[1:]
+        waited_for = standby.wait("fork" if mode == "fork" else "spare", model)
+        if waited_for is None:
+            return 0
+        arguments = [str(waited_for)]
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
         print("usage: python -m finetuned_runner RUN_DIR", file=sys.stderr)
         return _EXIT_USAGE
     run_dir = Path(arguments[0]).absolute()
     mask_signals()
-    if not _claim(run_dir):
+    if not _claim(run_dir, is_from_standby=is_from_standby):
         print(f"{run_dir} belongs to another process", file=sys.stderr)
         return _EXIT_CLAIMED
     report = Report(run_dir)
@@ -83,12 +93,12 @@ def main(arguments: list[str]) -> int:
     return 0 if result.end_reason in _SUCCESSES else 1
 
 
-def _claim(run_dir: Path) -> bool:
+def _claim(run_dir: Path, *, is_from_standby: bool = False) -> bool:
     """Makes the folder this process's own; False if it is another's already."""
     identity = ProcessIdentity.of(os.getpid())
     if identity is None:  # the kernel knows every process that asks
         raise RuntimeError("this process can't be identified")
-    process = Process(identity=identity, versions=_versions())
+    process = Process(identity=identity, versions=_versions(), is_from_standby=is_from_standby)
     temporary = run_dir / f".{PROCESS}.{os.getpid()}.tmp"
     with open(temporary, "xb") as file:
         file.write(process.model_dump_json(indent=1).encode() + b"\n")

@@ -25,22 +25,34 @@ FIXED = {
 
 def prepare(spec: Spec) -> None:
     """Sets the environment of this process and its children."""
-    os.environ.update(FIXED)
-    # OpenMP's default is to spin at barriers: one other busy process then makes training 12 times
-    # slower, passive 2 times.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_imports()
     if spec.num_threads > 0:
         os.environ["OMP_NUM_THREADS"] = str(spec.num_threads)
     kind, _, number = spec.device.partition(":")
     os.environ["CUDA_VISIBLE_DEVICES"] = (number or "0") if kind == "cuda" else ""
-    # None makes a package count as not installed. datasets is of no use here and costs 0.6 s;
-    # bitsandbytes costs 2 s, and transformers and peft import it wherever it is installed.
-    sys.modules["datasets"] = None  # type: ignore[assignment]
-    _forget_kernels()
     if needs_bitsandbytes(spec.parameters):
         prepare_bitsandbytes()
     else:
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+        hide_bitsandbytes()
+
+
+def prepare_imports() -> None:
+    """Sets what is the same for every run: all that may be set before it is known which."""
+    os.environ.update(FIXED)
+    # OpenMP's default is to spin at barriers: one other busy process then makes training 12 times
+    # slower, passive 2 times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # None makes a package count as not installed; this one is of no use here and costs 0.6 s.
+    sys.modules["datasets"] = None  # type: ignore[assignment]
+    _forget_kernels()
+
+
+def hide_bitsandbytes() -> None:
+    """Makes it count as not installed, for as long as the process lives: libraries remember that.
+
+    It costs 2 s, and transformers and peft import it wherever it is installed.
+    """
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 
 def _forget_kernels() -> None:

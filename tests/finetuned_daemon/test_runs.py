@@ -211,9 +211,9 @@ def test_a_move_takes_one_run_elsewhere_and_keeps_the_order_of_the_others(
 @pytest.mark.parametrize(("asked", "expected"), [("1", 1), ("3", 3), ("0", None), ("x", None)])
 def test_a_run_has_the_threads_that_the_daemon_was_started_with(monkeypatch, asked, expected):
     """OMP_NUM_THREADS of whoever started the daemon holds, where it is a number of threads."""
-    from finetuned_daemon.runs import supervisor
+    from finetuned_daemon.runs import launch
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    usual = supervisor._num_threads()
+    usual = launch.num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert supervisor._num_threads() == (expected or usual)
+    assert launch.num_threads() == (expected or usual)

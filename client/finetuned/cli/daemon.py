@@ -76,7 +76,8 @@ app.command("logs")(log.logs)
 
 
 def _show(client: Client, as_json: bool) -> None:
-    from finetuned.cli.output import print_json_value, print_pairs, time_text, to_dict
+    from finetuned.cli.output import bytes_text, print_json_value, print_pairs, time_text, to_dict
+    from finetuned.v1.system_service_pb2 import StandbyState
 
     info, quota = client.system_info(), client.quota()
     has_quota = quota.HasField("limit")
@@ -86,6 +87,12 @@ def _show(client: Client, as_json: bool) -> None:
     spent = f"{quota.used:,} of {quota.limit:,} checkpoints used"
     if quota.reserved:
         spent += f", {quota.reserved:,} more planned by runs under way"
+    standby = info.standby
+    kept = StandbyState.Name(standby.state).removeprefix("STANDBY_STATE_").lower()
+    if standby.pid:
+        kept += f", process {standby.pid}, {bytes_text(standby.memory_bytes)}"
+    if standby.started_runs:
+        kept += f", {standby.started_runs:,} runs began from it"
     print_pairs(
         [
             ("version", info.version),
@@ -96,6 +103,7 @@ def _show(client: Client, as_json: bool) -> None:
             ("log", info.log_path),
             ("tasks", f"{info.running_tasks} running, {info.queued_tasks} queued"),
             ("quota", spent if has_quota else ""),
+            ("standby", kept if info.HasField("standby") else ""),
             ("runner python", info.runner_python),
         ]
     )

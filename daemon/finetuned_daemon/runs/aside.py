@@ -28,7 +28,7 @@ ENDED = "ended.json"
 
 
 class _Aside(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class RunAside(_Aside):

@@ -28,7 +28,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from finetuned_daemon.parameters.models import Parameters
@@ -97,7 +96,7 @@ class EndReason(StrEnum):
 class _Record(BaseModel):
     # Unknown keys are kept out of the way, not refused: a newer runner may say more than an older
     # daemon knows.
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 # --- spec.json, control.json, result.json
@@ -220,6 +219,8 @@ class Process(_Record):
 
     identity: ProcessIdentity
     versions: dict[str, str] = Field(default_factory=dict)
+    is_from_standby: bool = False
+    """Whether it came from a process that had imported everything before."""
 
 
 def boot_id() -> str:
@@ -227,6 +228,8 @@ def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux: the boot time is the best there is
+        import psutil
+
         return f"boot-{psutil.boot_time():.0f}"
 
 
@@ -243,6 +246,8 @@ def _start_time(pid: int) -> float | None:
         # 3, start time 22.
         fields = stat[stat.rindex(")") + 2 :].split()
         return None if fields[0] in "ZX" else float(fields[19])
+    import psutil  # not on Linux, where a daemon starts sooner without it
+
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

@@ -9,13 +9,12 @@ import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetuned.v1 import event_pb2
 from finetuned_daemon import logs
 from finetuned_daemon.events import build
 from finetuned_daemon.events.log import EventLog
-from finetuned_daemon.explain import EVENTS_LOOKED_AT, Explainer
 from finetuned_daemon.measurements import Measurement, measured_by
 from finetuned_daemon.runs import reports
 from finetuned_daemon.runs.aside import rewrite_ended, write_ended
@@ -50,6 +49,9 @@ from finetuned_daemon.tasks import (
     check_transition,
     now_us,
 )
+
+if TYPE_CHECKING:
+    from finetuned_daemon.explain import Explainer
 
 _log = logging.getLogger(__name__)
 
@@ -503,6 +505,8 @@ class Keeper:
             self._records.save_task(connection, task)
 
     def _last_events(self, task: Task, run: Run) -> list[event_pb2.Event]:
+        from finetuned_daemon.explain import EVENTS_LOOKED_AT  # a daemon starts sooner without
+
         after = max(0, task.last_seq - EVENTS_LOOKED_AT)
         return self._events.read(task.key, after, EVENTS_LOOKED_AT, run.number)
 

@@ -31,7 +31,7 @@ OUTPUT_NAMES = r"checkpoint-\d+|final|merged|tensorboard|wandb|mlflow|trackio|sw
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class FileEntry(_Record):

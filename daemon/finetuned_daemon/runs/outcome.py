@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetuned_daemon.runs.contract import EndReason, Result, StopWish
 from finetuned_daemon.runs.process import Exit
-from finetuned_daemon.runs.room import Need
 from finetuned_daemon.tasks import ENDS, PauseReason, Run
+
+if TYPE_CHECKING:
+    from finetuned_daemon.runs.room import Need
 
 _OOM_KILLED = "The system ran out of memory and killed the runner (SIGKILL)."
 _HUNG = "The runner gave no sign of life any more, and was ended."

@@ -10,8 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import psutil
+from typing import Protocol
 
 from finetuned_daemon.runs.contract import ProcessIdentity, boot_id
 from finetuned_daemon.runs.oom import oom_kills
@@ -38,13 +37,49 @@ class Exit:
     """
 
 
+awaited = set[int]()
+"""Children whose end somebody looks out for: their exit status is nobody else's."""
+
+
+class Child(Protocol):
+    """A child of this process; `subprocess.Popen` is one."""
+
+    pid: int
+    returncode: int | None
+    """Its exit status, negative for a signal; None: it lives, or has not been reaped."""
+
+    def poll(self) -> int | None:
+        """Its exit status, once it has ended; reaps it."""
+        ...
+
+
+class ForkedChild:
+    """A child that another process has forked for us, see `standby`."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """As `Popen.poll`, but that it raises where `Popen` takes a status for 0.
+
+        Raises:
+            ChildProcessError: It is no child of ours, or somebody else has its exit status.
+        """
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
 class RunnerProcess:
     """A live runner. `gone` is set once it has ended, whoever its parent is."""
 
     def __init__(
         self,
         identity: ProcessIdentity,
-        child: subprocess.Popen[bytes] | None,
+        child: Child | None,
         run_dir: Path | None = None,
     ) -> None:
         self.identity = identity
@@ -81,12 +116,17 @@ class RunnerProcess:
                 close_fds=True,
                 umask=umask,
             )
-        # It may have ended already; as a zombie it keeps its pid until we have asked for its
-        # status.
+        return cls.of_child(child, cwd)
+
+    @classmethod
+    def of_child(cls, child: Child, run_dir: Path) -> RunnerProcess:
+        """Watches a child of ours that is a runner; it may have ended already."""
+        # As a zombie it keeps its pid until we have asked for its status.
         identity = ProcessIdentity.of(child.pid) or ProcessIdentity(
             pid=child.pid, start_time=0, boot_id=""
         )
-        process = cls(identity, child, cwd)
+        process = cls(identity, child, run_dir)
+        awaited.add(child.pid)
         process._watch()
         return process
 
@@ -148,20 +188,22 @@ class RunnerProcess:
 
     async def _poll(self) -> None:
         # Only where there is no pidfd: nothing else tells of a process that is nobody's child.
-        while self._child.poll() is None if self._child else self.identity.is_alive():  # noqa: ASYNC110
+        while self._is_alive():  # noqa: ASYNC110
             await asyncio.sleep(_POLL_SECONDS)
         self._has_ended()
+
+    def _is_alive(self) -> bool:
+        if self._child is None:
+            return self.identity.is_alive()
+        try:
+            return self._child.poll() is None
+        except ChildProcessError:
+            return False
 
     def _has_ended(self) -> None:
         self._poller = None
         if self._child is not None:
-            if self._child.returncode is None:
-                # Before the zombie is reaped its number is still ours: children that are left over
-                # end with it.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.identity.pid, signal.SIGKILL)
-            status = self._child.wait()
-            self.exit = Exit(code=status) if status >= 0 else Exit(signal=_signal_name(-status))
+            self._reap(self._child)
         if self._run_dir is not None:
             _end_children(self.identity, self._run_dir)
         before, after = self._oom_kills, oom_kills()
@@ -169,6 +211,19 @@ class RunnerProcess:
             self.exit = replace(self.exit, oom_kills=after - before)
         self.close()
         self.gone.set()
+
+    def _reap(self, child: Child) -> None:
+        """Takes the exit status of a child that has ended."""
+        awaited.discard(child.pid)
+        if child.returncode is None:
+            # Before the zombie is reaped its number is still ours: children that are left over end
+            # with it.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.identity.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # then nobody can know
+            status = child.poll()
+            if status is not None:
+                self.exit = Exit(code=status) if status >= 0 else Exit(signal=_signal_name(-status))
 
 
 def _end_children(identity: ProcessIdentity, run_dir: Path) -> None:
@@ -219,8 +274,19 @@ def _signal_name(number: int) -> str:
 
 def find_runner(run_dir: str) -> ProcessIdentity | None:
     """Looks for a runner that has started but not yet written who it is."""
+    import psutil  # seldom: a daemon starts sooner without it
+
     for process in psutil.process_iter(["cmdline"]):
         cmdline = process.info["cmdline"] or []
-        if cmdline and cmdline[-1] == run_dir:
+        while cmdline and not cmdline[-1]:  # room that the name of a standby's run has left
+            cmdline.pop()
+        if cmdline and cmdline[-1] == run_dir and _leads_session(process.pid):
             return ProcessIdentity.of(process.pid)
     return None
+
+
+def _leads_session(pid: int) -> bool:
+    """A runner does; what it has forked has its command line, and lives some moments longer."""
+    with contextlib.suppress(OSError):
+        return os.getsid(pid) == pid
+    return False

@@ -11,8 +11,6 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
-
 from finetuned_daemon.config import Config
 from finetuned_daemon.runs.contract import HEARTBEAT, Notice, ProcessIdentity
 
@@ -107,6 +105,8 @@ def _is_stopped(pid: int) -> bool:
             return False
     else:
         return stat[stat.rindex(")") + 2] in "Tt"
+    import psutil  # not on Linux, where a daemon starts sooner without it
+
     try:
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.Error:

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import psutil
+from typing import TYPE_CHECKING
 
 from finetuned_daemon import logs
 from finetuned_daemon.checkpoints import resuming
@@ -39,6 +38,7 @@ from finetuned_daemon.runs.contract import (
     sync_dir,
 )
 from finetuned_daemon.runs.keeper import Keeper
+from finetuned_daemon.runs.launch import Launcher, num_threads
 from finetuned_daemon.runs.outcome import (
     Evidence,
     decide,
@@ -47,11 +47,15 @@ from finetuned_daemon.runs.outcome import (
     waiting_for_room,
 )
 from finetuned_daemon.runs.outputs import remove_leftovers
+from finetuned_daemon.runs.pace import Pace
 from finetuned_daemon.runs.process import Exit, RunnerProcess, find_runner
 from finetuned_daemon.runs.pulse import Pulse
 from finetuned_daemon.runs.quota import Quota
-from finetuned_daemon.runs.room import Need, needs_of
+from finetuned_daemon.runs.standby import StandbyStatus
 from finetuned_daemon.tasks import PauseReason, Run
+
+if TYPE_CHECKING:
+    from finetuned_daemon.runs.room import Need
 
 _log = logging.getLogger(__name__)
 
@@ -89,14 +93,31 @@ class Supervisor:
     """The runs that are alive, each watched by one asyncio task."""
 
     def __init__(
-        self, config: Config, keeper: Keeper, quota: Quota, on_end: Callable[[], None]
+        self,
+        config: Config,
+        keeper: Keeper,
+        quota: Quota,
+        on_end: Callable[[], None],
+        is_watched: Callable[[int], bool],
     ) -> None:
+        """Takes also what is called when a run has ended, and who says if a task is watched."""
         self._config = config
         self._keeper = keeper
         self._quota = quota
         self._on_end = on_end
+        self._is_watched = is_watched
+        self._launcher = Launcher(config)
         self._live: dict[int, _Live] = {}
         self._endings: set[asyncio.Task[None]] = set()
+
+    @property
+    def standby(self) -> StandbyStatus:
+        """What is to be seen of the standby."""
+        return self._launcher.standby.status()
+
+    def begin(self) -> None:
+        """Sees to orphans; before the first run."""
+        self._launcher.begin()
 
     def start(self, run: Run) -> None:
         """Starts the process of a queued run. A run that can't be started ends with the reason.
@@ -178,6 +199,7 @@ class Supervisor:
         await asyncio.gather(*watchers, return_exceptions=True)
         for live in self._live.values():
             live.process.close()
+        await self._launcher.close()
 
     # --- start
 
@@ -194,7 +216,7 @@ class Supervisor:
                 display_name=task.display_name,
                 training_type=task.training_type,
                 device=run.device,
-                num_threads=_num_threads(),
+                num_threads=num_threads(),
                 output_dir=run.output_dir,
                 checkpoint_quota=None if run.is_probe else self._quota.of(run),
                 cache_dir=str(self._config.cache_dir / "tokens"),
@@ -210,19 +232,7 @@ class Supervisor:
                 spec = spec.model_copy(update=update)
             bundle.create(spec)
             write_task(Path(run.run_dir).parent, task, run)
-            process = RunnerProcess.start(
-                [
-                    self._config.runner_python,
-                    "-P",
-                    "-m",
-                    self._config.runner_module,
-                    str(run.attempt_dir),
-                ],
-                cwd=bundle.path,
-                console=bundle.console,
-                env=_environment(spec),
-                umask=self._config.runner_umask,
-            )
+            process = self._launcher.start(spec, bundle)
         except OSError as error:
             reason = (
                 EndReason.DISK_FULL if error.errno in DISK_FULL_ERRNOS else EndReason.RUNNER_CRASHED
@@ -305,6 +315,7 @@ class Supervisor:
         task, run = self._keeper.task_of(live.run), live.run
         logs.ABOUT.set(logs.About(request_id=run.request_id, task=task.name, run=run.number))
         pulse = Pulse(self._config, live.bundle.path, live.process.identity)
+        pace = Pace(self._config.ingest_seconds)
         while True:
             # The order matters: what was written before the end is read after the end was seen.
             gone = live.process.gone.is_set()
@@ -317,8 +328,10 @@ class Supervisor:
             live.bundle.bound_console(BY_NAME["console_bytes"].default)
             self._urge(live)
             self._feel(live, pulse)
+            is_watched = self._is_watched(live.run.task_key)
+            wait = pace.next(live.run.ingested_bytes, is_watched=is_watched)
             try:
-                async with asyncio.timeout(self._config.ingest_seconds):
+                async with asyncio.timeout(wait):
                     await live.process.gone.wait()
             except TimeoutError:
                 pass
@@ -377,7 +390,9 @@ class Supervisor:
         if run.is_probe and run.output_dir:
             await asyncio.to_thread(_remove_probe_dir, Path(run.output_dir))
             run = replace(run, output_dir="")
-        needs = list[Need]()
+        from finetuned_daemon.runs.room import needs_of  # a daemon starts sooner without
+
+        needs: list[Need] = []
         if outcome.end_reason is EndReason.DISK_FULL and not run.is_probe:
             task = self._keeper.task_of(run)
             needs = await asyncio.to_thread(
@@ -393,9 +408,17 @@ class Supervisor:
             except DiskFull as error:
                 _log.error("%s; trying again", error)
                 await asyncio.sleep(_DISK_FULL_RETRY_SECONDS)
-        self._live.pop(run.key, None)
+        ended = self._live.pop(run.key, None)
+        if ended is not None and ended.was_alive and not self._trains():
+            self._launcher.warm(run.parameters.data.model_path or "")
         _log.info("run %d of task %d ended: %s", run.number, run.task_key, outcome.end_reason)
         self._on_end()
+
+    def _trains(self) -> bool:
+        """Whether the runs that are left need all the cores."""
+        cores = os.cpu_count() or 1
+        needed = sum(num_threads() if i.run.device == "cpu" else 1 for i in self._live.values())
+        return bool(self._live) and needed >= cores
 
     def _record_end(self, run: Run, outcome: Result, exit_: Exit, needs: Sequence[Need]) -> None:
         reason = pause_of(run, outcome)
@@ -550,33 +573,3 @@ def _remove_probe_dir(folder: Path) -> None:
         pass
     except OSError as error:
         _log.warning("what a probe has left in %s stays: %s", folder, error)
-
-
-def _num_threads() -> int:
-    """OpenMP threads of a run.
-
-    As many as `OMP_NUM_THREADS` says where the daemon was started with it; else the cores that this
-    process may use, hyperthreads not counted twice.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > 0:
-        return int(asked)
-    usable = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(usable, psutil.cpu_count(logical=False) or usable)
-
-
-def _environment(spec: Spec) -> dict[str, str]:
-    """The runner's environment.
-
-    The daemon's, without its secrets, and what torch must find before it is imported.
-    """
-    return {
-        **{k: v for k, v in os.environ.items() if not k.startswith("FINETUNED_")},
-        # Spinning barriers collapse twelvefold as soon as anything else wants a core.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "OMP_NUM_THREADS": str(spec.num_threads),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
