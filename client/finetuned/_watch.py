@@ -5,6 +5,7 @@ Like `_calls.py` this does no input or output, so that both clients share it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -80,7 +81,9 @@ class Cursor:
 
     def request(self) -> WatchTaskRequest:
         """What to ask for on a new stream."""
-        return WatchTaskRequest(name=self._name, after_seq=self._seq, log_epoch=self._log_epoch)
+        return WatchTaskRequest(
+            name=self._name, after_seq=self._seq, log_epoch=self._log_epoch, allow_batches=True
+        )
 
     def accept(self, response: WatchTaskResponse) -> tuple[Snapshot | Event, ...]:
         """Take a message of the stream; returns what is to be yielded.
@@ -97,6 +100,8 @@ class Cursor:
             case "event":
                 self._accept_event(response.event)
                 return (response.event,)
+            case "events":
+                return self._accept_events(response.events.events)
             case _:  # a heartbeat, or what a later daemon may send
                 return ()
 
@@ -138,6 +143,15 @@ class Cursor:
             self._seq = max(snapshot.first_seq - 1, 0)
         self._end_seq = task.last_seq if task.state in ENDED else None
         self._finish_at_end()
+
+    def _accept_events(self, events: Iterable[Event]) -> tuple[Event, ...]:
+        accepted = list[Event]()
+        for event in events:
+            if self.is_done:  # the end of the run need not be the last of the batch
+                break
+            self._accept_event(event)
+            accepted.append(event)
+        return tuple(accepted)
 
     def _accept_event(self, event: Event) -> None:
         if event.seq != self._seq + 1:

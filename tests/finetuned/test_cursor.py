@@ -17,7 +17,7 @@ from finetuned import (
 )
 from finetuned._watch import Cursor
 from finetuned.v1.event_pb2 import StateChange
-from finetuned.v1.task_service_pb2 import Heartbeat, WatchTaskResponse
+from finetuned.v1.task_service_pb2 import EventBatch, Heartbeat, WatchTaskResponse
 
 
 def cursor(after_seq: int = 0, patience: float | None = None) -> Cursor:
@@ -44,6 +44,41 @@ def test_it_asks_for_what_comes_after_the_last_event() -> None:
     place.accept(event(2))
     request = place.request()
     assert (request.after_seq, request.log_epoch) == (2, "e")
+
+
+def events(*seqs: int, end: int = 0) -> WatchTaskResponse:
+    batch = [event(seq, "COMPLETED" if seq == end else "").event for seq in seqs]
+    return WatchTaskResponse(events=EventBatch(events=batch))
+
+
+def test_events_that_come_together_are_passed_on_one_by_one() -> None:
+    """A watcher sees no difference between a message of many and many of one."""
+    place = cursor()
+    assert place.request().allow_batches
+    place.accept(snapshot("RUNNING", 9))
+    passed = [*place.accept(events(1, 2, 3)), *place.accept(event(4)), *place.accept(events(5))]
+    assert [one.seq for one in passed if isinstance(one, Event)] == [1, 2, 3, 4, 5]
+    assert place.request().after_seq == 5
+
+
+def test_a_gap_within_a_batch_is_an_error() -> None:
+    """As one between messages is."""
+    place = cursor()
+    place.accept(snapshot("RUNNING", 0))
+    with pytest.raises(EventsLost, match="event 3 "):
+        place.accept(events(1, 3))
+
+
+def test_what_follows_the_end_in_its_batch_is_not_passed_on() -> None:
+    """A watch to the end of a run ends with it, and goes on from there."""
+    place = cursor()
+    place.accept(snapshot("RUNNING", 0))
+    assert [one.seq for one in place.accept(events(1, 2, 3, end=2)) if isinstance(one, Event)] == [
+        1,
+        2,
+    ]
+    assert place.is_done
+    assert place.request().after_seq == 2
 
 
 def test_a_heartbeat_is_not_passed_on() -> None:

@@ -20,6 +20,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _StandbyState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StandbyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StandbyState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STANDBY_STATE_UNSPECIFIED: _StandbyState.ValueType  # 0
+    """Never sent."""
+    STANDBY_STATE_OFF: _StandbyState.ValueType  # 1
+    """Turned off, or none can be made."""
+    STANDBY_STATE_NONE: _StandbyState.ValueType  # 2
+    """There is none; the end of a run makes one."""
+    STANDBY_STATE_WARMING: _StandbyState.ValueType  # 3
+    """It imports; a run that starts now does not begin from it."""
+    STANDBY_STATE_READY: _StandbyState.ValueType  # 4
+    """The next run begins from it, unless it needs bitsandbytes."""
+
+class StandbyState(_StandbyState, metaclass=_StandbyStateEnumTypeWrapper):
+    """State of the standby."""
+
+STANDBY_STATE_UNSPECIFIED: StandbyState.ValueType  # 0
+"""Never sent."""
+STANDBY_STATE_OFF: StandbyState.ValueType  # 1
+"""Turned off, or none can be made."""
+STANDBY_STATE_NONE: StandbyState.ValueType  # 2
+"""There is none; the end of a run makes one."""
+STANDBY_STATE_WARMING: StandbyState.ValueType  # 3
+"""It imports; a run that starts now does not begin from it."""
+STANDBY_STATE_READY: StandbyState.ValueType  # 4
+"""The next run begins from it, unless it needs bitsandbytes."""
+Global___StandbyState: _TypeAlias = StandbyState  # noqa: Y015
+
 class _DeviceType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -114,6 +146,7 @@ class GetSystemInfoResponse(_message.Message):
     PAUSED_TASKS_FIELD_NUMBER: _builtins.int
     PENDING_NOTIFICATIONS_FIELD_NUMBER: _builtins.int
     FAILED_NOTIFICATIONS_FIELD_NUMBER: _builtins.int
+    STANDBY_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the daemon, such as `0.1.0`."""
     pid: _builtins.int
@@ -160,6 +193,10 @@ class GetSystemInfoResponse(_message.Message):
     def last_backup_time(self) -> _timestamp_pb2.Timestamp:
         """When the database was last backed up; absent: never."""
 
+    @_builtins.property
+    def standby(self) -> Global___Standby:
+        """The process that the next run begins from."""
+
     def __init__(
         self,
         *,
@@ -182,14 +219,57 @@ class GetSystemInfoResponse(_message.Message):
         paused_tasks: _builtins.int = ...,
         pending_notifications: _builtins.int = ...,
         failed_notifications: _builtins.int = ...,
+        standby: Global___Standby | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_backup_time", b"last_backup_time", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_backup_time", b"last_backup_time", "standby", b"standby", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "failed_notifications", b"failed_notifications", "last_backup_time", b"last_backup_time", "limits", b"limits", "log_path", b"log_path", "paused_tasks", b"paused_tasks", "pending_notifications", b"pending_notifications", "pid", b"pid", "platform", b"platform", "python_version", b"python_version", "queued_tasks", b"queued_tasks", "runner_python", b"runner_python", "running_tasks", b"running_tasks", "runtime_dir", b"runtime_dir", "schema_version", b"schema_version", "sqlite_version", b"sqlite_version", "start_time", b"start_time", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "failed_notifications", b"failed_notifications", "last_backup_time", b"last_backup_time", "limits", b"limits", "log_path", b"log_path", "paused_tasks", b"paused_tasks", "pending_notifications", b"pending_notifications", "pid", b"pid", "platform", b"platform", "python_version", b"python_version", "queued_tasks", b"queued_tasks", "runner_python", b"runner_python", "running_tasks", b"running_tasks", "runtime_dir", b"runtime_dir", "schema_version", b"schema_version", "sqlite_version", b"sqlite_version", "standby", b"standby", "start_time", b"start_time", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetSystemInfoResponse: _TypeAlias = GetSystemInfoResponse  # noqa: Y015
+
+@_typing.final
+class Standby(_message.Message):
+    """A process of the training environment that has imported everything, so that a run that begins from it takes its first step seconds
+    sooner. Made when a run has ended, dropped when none has started for a while; its user may turn it off.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    READY_TIME_FIELD_NUMBER: _builtins.int
+    STARTED_RUNS_FIELD_NUMBER: _builtins.int
+    state: Global___StandbyState.ValueType
+    """Whether there is one."""
+    pid: _builtins.int
+    """Its process id; 0: there is none."""
+    memory_bytes: _builtins.int
+    """Its resident memory in bytes. Runs that began from it share most of that, and count it as well."""
+    started_runs: _builtins.int
+    """Runs that began from one since the daemon started."""
+    @_builtins.property
+    def ready_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was ready; absent: it is not."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___StandbyState.ValueType = ...,
+        pid: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        ready_time: _timestamp_pb2.Timestamp | None = ...,
+        started_runs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ready_time", b"ready_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "pid", b"pid", "ready_time", b"ready_time", "started_runs", b"started_runs", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Standby: _TypeAlias = Standby  # noqa: Y015
 
 @_typing.final
 class Limit(_message.Message):

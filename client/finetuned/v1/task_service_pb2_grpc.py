@@ -251,8 +251,8 @@ class TaskServiceServicer(object):
 
         NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
         `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
-        (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
-        from the last `seq` that was seen; no event is missed or repeated.
+        (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never while a run is under way): watch again from 0.
+        UNAVAILABLE: the daemon stops: watch again from the last `seq` that was seen; no event is missed or repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -279,7 +279,8 @@ class TaskServiceServicer(object):
         With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
         equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
         pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
-        anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+        anew. Of an old run whose events were deleted, to keep the database at its bound, at most 1000 points a curve are left, thinned
+        out in the same way; `point_count` says how many there were.
         INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -312,8 +313,10 @@ class TaskServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListEvents(self, request, context):
-        """Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
-        Safe to repeat.
+        """Lists events of a task after `after_seq`, oldest first. Of an old run whose events were deleted, to keep the database at its
+        bound, those that people look back at are left: changes of its state, its result, notices, checkpoints and evaluations. Only
+        with `run` are they listed, under the numbers that they had. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask. Safe to
+        repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

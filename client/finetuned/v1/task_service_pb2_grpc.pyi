@@ -108,8 +108,8 @@ class TaskServiceStub:
 
     NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
     `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
-    (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
-    from the last `seq` that was seen; no event is missed or repeated.
+    (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never while a run is under way): watch again from 0.
+    UNAVAILABLE: the daemon stops: watch again from the last `seq` that was seen; no event is missed or repeated.
     """
     WatchTasks: _grpc.UnaryStreamMultiCallable[_task_service_pb2.WatchTasksRequest, _task_service_pb2.WatchTasksResponse]
     """Streams the list of tasks: first each task that there is, newest first, then a `synced`, then each task anew whenever it is
@@ -128,7 +128,8 @@ class TaskServiceStub:
     With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
     equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
     pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
-    anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+    anew. Of an old run whose events were deleted, to keep the database at its bound, at most 1000 points a curve are left, thinned
+    out in the same way; `point_count` says how many there were.
     INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
     """
     ListRuns: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListRunsRequest, _task_service_pb2.ListRunsResponse]
@@ -144,8 +145,10 @@ class TaskServiceStub:
     of that name, which is also the answer to a repeat.
     """
     ListEvents: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ListEventsRequest, _task_service_pb2.ListEventsResponse]
-    """Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
-    Safe to repeat.
+    """Lists events of a task after `after_seq`, oldest first. Of an old run whose events were deleted, to keep the database at its
+    bound, those that people look back at are left: changes of its state, its result, notices, checkpoints and evaluations. Only
+    with `run` are they listed, under the numbers that they had. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask. Safe to
+    repeat.
     """
     ExportTaskConfig: _grpc.UnaryUnaryMultiCallable[_task_service_pb2.ExportTaskConfigRequest, _task_service_pb2.ExportTaskConfigResponse]
     """Writes out the settings of a task, or of one of its runs, as a file that stands for itself: YAML for `finetunectl`, or a Python
@@ -235,8 +238,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
 
     NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
     `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
-    (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
-    from the last `seq` that was seen; no event is missed or repeated.
+    (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never while a run is under way): watch again from 0.
+    UNAVAILABLE: the daemon stops: watch again from the last `seq` that was seen; no event is missed or repeated.
     """
     WatchTasks: _aio.UnaryStreamMultiCallable[_task_service_pb2.WatchTasksRequest, _task_service_pb2.WatchTasksResponse]  # type: ignore[assignment]
     """Streams the list of tasks: first each task that there is, newest first, then a `synced`, then each task anew whenever it is
@@ -255,7 +258,8 @@ class TaskServiceAsyncStub(TaskServiceStub):
     With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
     equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
     pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
-    anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+    anew. Of an old run whose events were deleted, to keep the database at its bound, at most 1000 points a curve are left, thinned
+    out in the same way; `point_count` says how many there were.
     INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
     """
     ListRuns: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListRunsRequest, _task_service_pb2.ListRunsResponse]  # type: ignore[assignment]
@@ -271,8 +275,10 @@ class TaskServiceAsyncStub(TaskServiceStub):
     of that name, which is also the answer to a repeat.
     """
     ListEvents: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ListEventsRequest, _task_service_pb2.ListEventsResponse]  # type: ignore[assignment]
-    """Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
-    Safe to repeat.
+    """Lists events of a task after `after_seq`, oldest first. Of an old run whose events were deleted, to keep the database at its
+    bound, those that people look back at are left: changes of its state, its result, notices, checkpoints and evaluations. Only
+    with `run` are they listed, under the numbers that they had. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask. Safe to
+    repeat.
     """
     ExportTaskConfig: _aio.UnaryUnaryMultiCallable[_task_service_pb2.ExportTaskConfigRequest, _task_service_pb2.ExportTaskConfigResponse]  # type: ignore[assignment]
     """Writes out the settings of a task, or of one of its runs, as a file that stands for itself: YAML for `finetunectl`, or a Python
@@ -425,8 +431,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
 
         NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
         `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
-        (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
-        from the last `seq` that was seen; no event is missed or repeated.
+        (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never while a run is under way): watch again from 0.
+        UNAVAILABLE: the daemon stops: watch again from the last `seq` that was seen; no event is missed or repeated.
         """
 
     @_abc_1.abstractmethod
@@ -457,7 +463,8 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
         equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
         pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
-        anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+        anew. Of an old run whose events were deleted, to keep the database at its bound, at most 1000 points a curve are left, thinned
+        out in the same way; `point_count` says how many there were.
         INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
         """
 
@@ -497,8 +504,10 @@ class TaskServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _task_service_pb2.ListEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_task_service_pb2.ListEventsResponse, _abc.Awaitable[_task_service_pb2.ListEventsResponse]]:
-        """Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
-        Safe to repeat.
+        """Lists events of a task after `after_seq`, oldest first. Of an old run whose events were deleted, to keep the database at its
+        bound, those that people look back at are left: changes of its state, its result, notices, checkpoints and evaluations. Only
+        with `run` are they listed, under the numbers that they had. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask. Safe to
+        repeat.
         """
 
     @_abc_1.abstractmethod

@@ -150,6 +150,8 @@ export {
   type GetQuotaResponse,
   type GetSystemInfoResponse,
   type Limit,
+  type Standby,
+  StandbyState,
 } from "./gen/finetuned/v1/system_service.js";
 export {
   type Checkpoint,

@@ -54,8 +54,15 @@ export interface CursorOptions {
   readonly reconnectTimeoutMs: number | undefined;
 }
 
+interface WatchTaskAsked {
+  readonly name: string;
+  readonly afterSeq: number;
+  readonly logEpoch: string;
+  readonly allowBatches: boolean;
+}
+
 /** The place of one watcher in one task's log. */
-export class Cursor implements Place<{ name: string; afterSeq: number; logEpoch: string }, WatchTaskResponse, WatchItem> {
+export class Cursor implements Place<WatchTaskAsked, WatchTaskResponse, WatchItem> {
   readonly intervalMs = 0;
   isDone = false;
   readonly #name: string;
@@ -75,8 +82,8 @@ export class Cursor implements Place<{ name: string; afterSeq: number; logEpoch:
     this.#outage = new Outage(options.reconnectTimeoutMs);
   }
 
-  request(): { name: string; afterSeq: number; logEpoch: string } {
-    return { name: this.#name, afterSeq: this.#seq, logEpoch: this.#logEpoch };
+  request(): WatchTaskAsked {
+    return { name: this.#name, afterSeq: this.#seq, logEpoch: this.#logEpoch, allowBatches: true };
   }
 
   accept(response: WatchTaskResponse): WatchItem[] {
@@ -87,6 +94,8 @@ export class Cursor implements Place<{ name: string; afterSeq: number; logEpoch:
       case "event":
         this.#acceptEvent(response.response.value);
         return [{ type: "event", event: response.response.value }];
+      case "events":
+        return this.#acceptEvents(response.response.value.events);
       default: // a heartbeat, or what a later daemon may send
         return [];
     }
@@ -123,6 +132,16 @@ export class Cursor implements Place<{ name: string; afterSeq: number; logEpoch:
     this.#endSeq = hasEnded(task) ? task.lastSeq : undefined;
     this.#finishAtEnd();
     return [{ type: "snapshot", task, logEpoch, firstSeq }];
+  }
+
+  #acceptEvents(events: readonly Event[]): WatchItem[] {
+    const accepted: WatchItem[] = [];
+    for (const event of events) {
+      if (this.isDone) break; // the end of the run need not be the last of the batch
+      this.#acceptEvent(event);
+      accepted.push({ type: "event", event });
+    }
+    return accepted;
   }
 
   #acceptEvent(event: Event): void {

@@ -31,6 +31,31 @@ test("a gap and a repeat are EventsLost", () => {
   }
 });
 
+function events(seqs: number[], end = 0): WatchTaskResponse {
+  const finished: Event["payload"] = {
+    $case: "stateChange",
+    value: { oldState: TaskState.RUNNING, newState: TaskState.COMPLETED, endReason: "END_REASON_FINISHED", message: "" },
+  };
+  const all = seqs.map((seq) => ({ ...Event.fromPartial({ seq }), payload: seq === end ? finished : undefined }));
+  return { response: { $case: "events", value: { events: all } } };
+}
+
+test("events that come together are passed on one by one, and go on from there", () => {
+  const place = cursor();
+  place.accept(snapshot(9));
+  const seqs = [...place.accept(events([1, 2, 3])), ...place.accept(event(4))].map((item) => item.type === "event" && item.event.seq);
+  assert.deepEqual(seqs, [1, 2, 3, 4]);
+  assert.equal(place.request().afterSeq, 4);
+  assert.throws(() => place.accept(events([5, 7])), EventsLost);
+});
+
+test("a watch to the end ends within a batch", () => {
+  const place = cursor(0, "", true);
+  place.accept(snapshot(0));
+  assert.equal(place.accept(events([1, 2, 3], 2)).length, 2);
+  assert.equal(place.isDone, true);
+});
+
 test("a log that begins later is read from its beginning", () => {
   const place = cursor();
   place.accept(snapshot(9, "a", TaskState.RUNNING, 5));
@@ -41,10 +66,10 @@ test("a log of another epoch that was watched is told as replaced, and read from
   const place = cursor();
   place.accept(snapshot(9));
   place.accept(event(1));
-  assert.deepEqual(place.request(), { name: "tasks/x", afterSeq: 1, logEpoch: "a" });
+  assert.deepEqual(place.request(), { name: "tasks/x", afterSeq: 1, logEpoch: "a", allowBatches: true });
   const replaced = place.lost(new OutOfRange("restored", { reason: "LOG_EPOCH_CHANGED" }));
   assert.deepEqual(replaced, { type: "logReplaced", afterSeq: 1 });
-  assert.deepEqual(place.request(), { name: "tasks/x", afterSeq: 0, logEpoch: "" });
+  assert.deepEqual(place.request(), { name: "tasks/x", afterSeq: 0, logEpoch: "", allowBatches: true });
   place.accept(snapshot(1, "b"));
   assert.equal(place.accept(event(1)).length, 1);
 });

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from finetuned.v1 import event_pb2, task_pb2
-from finetuned_daemon.explain import Explanation
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.runs.contract import (
     KINDS,
@@ -20,6 +20,9 @@ from finetuned_daemon.runs.contract import (
 )
 from finetuned_daemon.tasks import PauseReason, TaskState
 from finetuned_daemon.texts import NOTHING
+
+if TYPE_CHECKING:
+    from finetuned_daemon.explain import Explanation
 
 
 def timestamp(microseconds: int) -> Timestamp:

@@ -1,4 +1,4 @@
-"""The durable event log of every task, and the bell that wakes its watchers.
+"""The durable event log of every task.
 
 The log itself is the queue: a watcher holds a cursor and nothing else, reads bounded pages, and can
 be as slow as it likes without anybody waiting for it or anything being lost.
@@ -6,21 +6,16 @@ be as slow as it likes without anybody waiting for it or anything being lost.
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from finetuned.v1 import event_pb2
 from finetuned_daemon import logs
 from finetuned_daemon.errors import CursorOutOfRange
+from finetuned_daemon.events.fan_out import FanOut
 from finetuned_daemon.limits import BY_NAME
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.event_rows import EventRows
-
-PAGE = 256
-"""Events read at once for a watcher, at most."""
-
 
 _CAUSED = frozenset({"state_change", "phase_change", "task_edited", "result", "notice"})
 """Kinds of events that say by which call they were caused; the others come too often."""
@@ -38,12 +33,14 @@ _LONGEST_TEXT = BY_NAME["log_line_bytes"].default
 
 
 class EventLog:
-    """Appends, reads and waits. Used on the event loop's thread alone."""
+    """Appends and reads. Used on the event loop's thread alone."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, quiet_seconds: float = 5.0) -> None:
+        """Takes the database, and after how long without an event a watcher is woken anyway."""
         self._database = database
         self._rows = EventRows(database)
-        self._waiters: dict[int, set[asyncio.Future[None]]] = defaultdict(set)
+        self.fan_out = FanOut(self._rows, quiet_seconds, self.check_kept)
+        """Those who watch."""
         self.within: Callable[[sqlite3.Connection, int, Sequence[event_pb2.Event]], None] = _nobody
         """Called with a task's key and its new events, within the transaction that writes them."""
         self.on_append: Callable[[int, Sequence[event_pb2.Event]], None] = _nobody
@@ -90,7 +87,10 @@ class EventLog:
             seq += 1
         self._rows.append(connection, task_key, rows)
         self.within(connection, task_key, events)
-        self._database.after_commit(lambda: self.wake(task_key))
+        bodies = [body for _, _, body in rows]
+        self._database.after_commit(
+            lambda: self.fan_out.appended(task_key, seq - len(bodies), bodies)
+        )
         self._database.after_commit(lambda: self.on_append(task_key, events))
         if any(event.HasField("result") for event in events):
             self._database.after_commit(lambda: self.on_end(task_key))
@@ -108,13 +108,20 @@ class EventLog:
             run: Only events of this run; 0: of all.
             most_bytes: Of all together, but one event at least; 0: any number.
         """
-        events, size = list[event_pb2.Event](), 0
+        bodies = self.read_serialized(task_key, after_seq, limit, run, most_bytes)
+        return [event_pb2.Event.FromString(body) for body in bodies]
+
+    def read_serialized(
+        self, task_key: int, after_seq: int, limit: int, run: int = 0, most_bytes: int = 0
+    ) -> list[bytes]:
+        """The same events as they lie in the log."""
+        bodies, size = list[bytes](), 0
         for body in self._rows.read(task_key, after_seq, limit, run):
             size += len(body)
-            if most_bytes and size > most_bytes and events:
+            if most_bytes and size > most_bytes and bodies:
                 break
-            events.append(event_pb2.Event.FromString(body))
-        return events
+            bodies.append(body)
+        return bodies
 
     def last_seq(self, task_key: int) -> int | None:
         """Newest `seq` of a task; None once the task is deleted."""
@@ -164,32 +171,13 @@ class EventLog:
                 first_seq,
             )
 
-    async def wait(self, task_key: int, after_seq: int, timeout: float) -> None:  # noqa: ASYNC109 - heartbeat
-        """Returns once there may be events after `after_seq`, the task is gone, or time is up."""
-        last = self.last_seq(task_key)
-        if last is None or last > after_seq:
-            return
-        # No await between the look and the registration: nothing is missed.
-        future = asyncio.get_running_loop().create_future()
-        self._waiters[task_key].add(future)
-        try:
-            await asyncio.wait({future}, timeout=timeout)
-        finally:
-            waiters = self._waiters[task_key]
-            waiters.discard(future)
-            if not waiters:
-                del self._waiters[task_key]
-
     def wake(self, task_key: int) -> None:
-        """Wakes the watchers of a task."""
-        for future in self._waiters.get(task_key, ()):
-            if not future.done():
-                future.set_result(None)
+        """Lets the watchers of a task see that it was deleted."""
+        self.fan_out.look(task_key)
 
     def wake_all(self) -> None:
         """Wakes every watcher, such as to tell it that the daemon stops."""
-        for task_key in list(self._waiters):
-            self.wake(task_key)
+        self.fan_out.wake_all()
 
 
 def _nobody(*_: object) -> None:

@@ -7,8 +7,8 @@ any web page, reaches TCP, so there each call shows a token.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -132,18 +132,23 @@ class Admission:
         # leave without a status.
         self._task: asyncio.Task[Any] | None = None
 
-    async def stream(self, responses: AsyncIterator[T]) -> AsyncIterator[T]:
-        """Passes responses on for as long as the token is good.
+    async def send(
+        self, responses: AsyncGenerator[T], write: Callable[[T], Awaitable[None]]
+    ) -> None:
+        """Sends responses for as long as the token is good.
 
         Raises:
             Unauthenticated: It was withdrawn meanwhile.
         """
         with self._watched():
-            async for response in responses:
-                self._task = None
-                yield response
-                self._task = asyncio.current_task()
-                self._check()
+            task = self._task
+            async with aclosing(responses):
+                async for response in responses:
+                    self._task = None
+                    await write(response)
+                    self._task = task
+                    if self._is_revoked:
+                        raise _withdrawn()
 
     async def run(self, call: Awaitable[None]) -> None:
         """The same for a handler that sends its responses itself.
@@ -184,6 +189,10 @@ class Admission:
             self._task.cancel()
 
 
+_OF_UNIX_SOCKET = Admission(None, b"", Need.READ)
+"""Of every call there: nothing in it is that call's own, as there is nothing to withdraw."""
+
+
 class Access:
     """Checks calls by the table and the tokens."""
 
@@ -192,44 +201,75 @@ class Access:
         self._tokens = tokens
         self.opened: set[Admission] = set()
 
-    def check(self, method: str, peer: str, metadata: Sequence[tuple[str, Any]]) -> Admission:
+    def check(self, method: str, metadata: Sequence[tuple[str, Any]], *, is_tcp: bool) -> Admission:
         """Lets a call in.
 
         Args:
             method: gRPC's name for it, `/package.Service/Rpc`.
-            peer: gRPC's name for the caller, such as `unix:` or `ipv4:127.0.0.1:4000`.
             metadata: What the caller sent.
+            is_tcp: Whether it came by TCP, and not by the unix socket.
 
         Raises:
             Unauthenticated: It shows no token, or one that is not known.
             Forbidden: Its token is not enough, it comes from a web page, or nobody has said what
                 the method needs.
         """
-        rule = RULES.get(method)
-        if rule is None:
-            raise Forbidden("METHOD_NOT_LISTED", "the daemon lets nobody call this method")
-        if peer.startswith("unix:"):
-            return Admission(None, b"", rule.need)
-        tokens = self._tokens
-        if tokens is None:
-            raise Unauthenticated("TOKEN_WRONG", "this daemon has no token, so nobody may call it")
+        rule = _rule(method)
+        if not is_tcp:
+            return _OF_UNIX_SOCKET
+        tokens = self._known_tokens()
         if tokens.refresh():
             self._review(tokens)
-        shown = [str(value) for key, value in metadata if key == "authorization"]
+        return self._let_in(tokens, method, rule.need, metadata)
+
+    def check_headers(self, method: str, metadata: Sequence[tuple[str, Any]]) -> None:
+        """The same by the headers alone, of a call by TCP whose message has not come yet.
+
+        `check` comes once it is there. So here the token files are looked at only where a token is
+        not the one that was known.
+
+        Raises:
+            Unauthenticated: As `check`.
+            Forbidden: As `check`.
+        """
+        rule = _rule(method)
+        tokens = self._known_tokens()
+        try:
+            self._let_in(tokens, method, rule.need, metadata)
+        except (Unauthenticated, Forbidden):
+            if not tokens.refresh():
+                raise
+            self._review(tokens)
+            self._let_in(tokens, method, rule.need, metadata)
+
+    def _known_tokens(self) -> Tokens:
+        if self._tokens is None:
+            raise Unauthenticated("TOKEN_WRONG", "this daemon has no token, so nobody may call it")
+        return self._tokens
+
+    def _let_in(
+        self, tokens: Tokens, method: str, need: Need, metadata: Sequence[tuple[str, Any]]
+    ) -> Admission:
+        shown, is_of_a_page = list[str](), False
+        for key, value in metadata:
+            if key == "authorization":
+                shown.append(str(value))
+            # Browsers send these and let no page change them; nothing else that speaks gRPC does.
+            elif key == "origin" or key.startswith("sec-fetch-"):
+                is_of_a_page = True
         scheme, _, token = shown[0].partition(" ") if len(shown) == 1 else ("", "", "")
         presented = token.strip().encode() if scheme.lower() == "bearer" else b""
         if not tokens.may_read(presented):
             raise _refused(bool(shown))
-        # Browsers send these and let no page change them; nothing else that speaks gRPC does.
-        if any(key == "origin" or key.startswith("sec-fetch-") for key, _ in metadata):
+        if is_of_a_page:
             raise Forbidden("BROWSER", "no web page may call the daemon")
-        if not _is_enough(tokens, presented, rule.need):
+        if need is not Need.READ and not tokens.may_do_everything(presented):
             raise Forbidden(
                 "READ_ONLY_TOKEN",
                 f"the read-only token does not let you call {method.rpartition('/')[2]}; it needs "
                 "the token of the file `token`",
             )
-        return Admission(self, presented, rule.need)
+        return Admission(self, presented, need)
 
     @asynccontextmanager
     async def watched(self) -> AsyncGenerator[None]:
@@ -252,6 +292,18 @@ class Access:
     def _review(self, tokens: Tokens) -> None:
         for admission in tuple(self.opened):
             admission.review(tokens)
+
+
+def _rule(method: str) -> Rule:
+    """What a method needs.
+
+    Raises:
+        Forbidden: Nobody has said.
+    """
+    rule = RULES.get(method)
+    if rule is None:
+        raise Forbidden("METHOD_NOT_LISTED", "the daemon lets nobody call this method")
+    return rule
 
 
 def _is_enough(tokens: Tokens, token: bytes, need: Need) -> bool:

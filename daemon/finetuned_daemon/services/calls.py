@@ -9,7 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -59,6 +59,28 @@ _rpc_log = logging.getLogger(RPC_LOGGER)
 ToStatus = Callable[[DaemonError, Any], status_pb2.Status]
 
 
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What is known of a method before it is called."""
+
+    path: str
+    """gRPC's name for it, `/package.Service/Rpc`."""
+    name: str
+    is_stream: bool
+    is_heavy: bool
+    waits: bool
+    """Whether there may be too many calls for one more."""
+    level: int
+    """Of its line in the log."""
+
+    @classmethod
+    def of(cls, path: str, *, is_stream: bool) -> Method:
+        """The method that gRPC calls so."""
+        name = path.rpartition("/")[2]
+        level = logging.DEBUG if path.startswith(_QUIET) else logging.INFO
+        return cls(path, name, is_stream, name in HEAVY, name not in ALWAYS, level)
+
+
 class Calls:
     """The calls that are under way."""
 
@@ -88,15 +110,9 @@ class Calls:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
 
-    def call(
-        self,
-        details: grpc.HandlerCallDetails,
-        context: aio.ServicerContext[Any, Any],
-        *,
-        is_stream: bool,
-    ) -> Call:
-        """The frame of one call, to be entered by `async with`."""
-        return Call(self, details, context, is_stream=is_stream)
+    def call(self, method: Method, context: aio.ServicerContext[Any, Any], *, is_tcp: bool) -> Call:
+        """The frame of one call, to be entered."""
+        return Call(self, method, context, is_tcp=is_tcp)
 
     def check_open(self, method: str) -> None:
         """Refuses calls of a daemon that ends; of its health it still tells.
@@ -107,30 +123,30 @@ class Calls:
         if self.is_closing and not method.startswith(_HEALTH):
             raise Stopping
 
-    def take_place(self, name: str, is_stream: bool, is_tcp: bool) -> None:
+    def take_place(self, method: Method, is_tcp: bool) -> None:
         """Counts one more.
 
         Raises:
             LimitReached: There are as many as there may be.
         """
-        if is_stream:
+        if method.is_stream:
             if is_tcp:
                 self._limits.check_tcp_streams(self._tcp_streams)
             self._limits.check("open_streams", self._streams)
-        elif name not in ALWAYS:
+        elif method.waits:
             self._limits.check("calls_in_flight", self._unary)
-        if name in HEAVY:
+        if method.is_heavy:
             self._limits.check("heavy_calls", self._heavy)
-        self.count(name, is_stream, is_tcp, 1)
+        self.count(method, is_tcp, 1)
 
-    def count(self, name: str, is_stream: bool, is_tcp: bool, by: int) -> None:
+    def count(self, method: Method, is_tcp: bool, by: int) -> None:
         """Counts so many more, or fewer."""
-        if is_stream:
+        if method.is_stream:
             self._streams += by
             self._tcp_streams += by * is_tcp
-        elif name not in ALWAYS:
+        elif method.waits:
             self._unary += by
-        if name in HEAVY:
+        if method.is_heavy:
             self._heavy += by
 
     def came(self) -> None:
@@ -153,71 +169,87 @@ class Calls:
 
 
 class Call:
-    """One call. What goes wrong in it is answered and logged here."""
+    """One call. What goes wrong in it is answered and logged here.
+
+    Entered by `async with`; or, where each microsecond counts, by `begin`, and then `succeed` or
+    `fail`.
+    """
+
+    __slots__ = (
+        *("_began", "_calls", "_context", "_has_place", "_has_task", "_is_tcp", "_method"),
+        *("metadata", "request_id"),
+    )
 
     def __init__(
         self,
         calls: Calls,
-        details: grpc.HandlerCallDetails,
+        method: Method,
         context: aio.ServicerContext[Any, Any],
         *,
-        is_stream: bool,
+        is_tcp: bool,
     ) -> None:
         self._calls = calls
         self._context = context
-        self._is_stream = is_stream
-        self._is_tcp = not context.peer().startswith("unix:")
-        self._method = str(details.method)
-        self._name = self._method.rpartition("/")[2]
+        self._method = method
+        self._is_tcp = is_tcp
+        self.metadata: tuple[tuple[str, Any], ...] = tuple(context.invocation_metadata() or ())
+        """What the caller sent."""
         given = ""
-        for key, value in details.invocation_metadata or ():
+        for key, value in self.metadata:
             if key == REQUEST_ID and isinstance(value, str):
                 given = value
         self.request_id = checked_request_id(given)
         self._has_place = False
+        self._has_task = False
         self._began = time.monotonic()
 
-    async def __aenter__(self) -> Self:
+    def begin(self, request: Any = None) -> None:
+        """The call has come; log lines from here on are about it, and the task that it names."""
         # Not set back: the task of gRPC that this runs in is the call's own.
-        ABOUT.set(About(request_id=self.request_id, method=self._method))
+        task = _task_of(request)
+        self._has_task = bool(task)
+        ABOUT.set(About(request_id=self.request_id, method=self._method.path, task=task))
         self._calls.came()
         self._context.set_trailing_metadata(((REQUEST_ID, self.request_id),))
-        return self
 
-    async def take_place(self) -> None:
+    def take_place(self) -> None:
         """Counts the call among those under way, once it is known to be a good one.
 
         Raises:
             LimitReached: There are as many as there may be.
         """
-        self._calls.take_place(self._name, self._is_stream, self._is_tcp)
+        self._calls.take_place(self._method, self._is_tcp)
         self._has_place = True
-        if self._is_stream:  # its trailers come at its end alone
-            await self._context.send_initial_metadata(((REQUEST_ID, self.request_id),))
 
-    def note_task(self, message: Any) -> None:
-        """Lets the call's log lines say which task a request or an answer is about."""
-        task = getattr(message, "task", None)
-        for name in (
-            getattr(message, "name", ""),
-            getattr(message, "parent", ""),
-            getattr(task, "name", task),
-        ):
-            found = _TASK.match(name) if isinstance(name, str) else None
-            if found is not None:
-                ABOUT.set(replace(ABOUT.get(), task=found[0]))
-                return
+    async def take_place_of_stream(self) -> None:
+        """The same for a stream, whose trailers come at its end alone: its id is sent ahead.
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+        Raises:
+            LimitReached: There are as many as there may be.
+        """
+        self.take_place()
+        await self._context.send_initial_metadata(((REQUEST_ID, self.request_id),))
+
+    def note_answer(self, answer: Any) -> None:
+        """Lets the call's log lines say which task an answer is about, such as a new one."""
+        if not self._has_task:
+            task = _task_of(answer)
+            if task:
+                ABOUT.set(replace(ABOUT.get(), task=task))
+
+    def succeed(self) -> None:
+        """Ends a call that was answered."""
+        self._write_line("OK")
+        self._leave()
+
+    async def fail(self, error: BaseException) -> None:
+        """Ends a call with what it raised. Whatever is raised here, gRPC has been told.
+
+        Raises:
+            AbortError: The caller gets a status with its details.
+        """
         try:
-            if error is None:
-                self._write_line("OK")
-            elif isinstance(error, DaemonError):
+            if isinstance(error, DaemonError):
                 status = self._calls.to_status(error, self._context)
                 self._write_line(_CODES[status.code], error.reason)
                 await self._abort(status)
@@ -231,9 +263,27 @@ class Call:
             else:  # the client has gone, or wants no more
                 self._write_line("CANCELLED")
         finally:
-            if self._has_place:
-                self._calls.count(self._name, self._is_stream, self._is_tcp, -1)
-            self._calls.went()
+            self._leave()
+
+    async def __aenter__(self) -> Self:
+        self.begin()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.succeed()
+        else:
+            await self.fail(error)
+
+    def _leave(self) -> None:
+        if self._has_place:
+            self._calls.count(self._method, self._is_tcp, -1)
+        self._calls.went()
 
     async def _abort(self, status: status_pb2.Status) -> None:
         plain: Any = rpc_status.to_status(status)
@@ -241,8 +291,11 @@ class Call:
         await self._context.abort_with_status(plain._replace(trailing_metadata=trailers))
 
     def _write_line(self, code: str, reason: str = "") -> None:
+        method = self._method
         seconds = time.monotonic() - self._began
-        self._calls.note(self._method, code, None if self._is_stream else seconds)
+        self._calls.note(method.path, code, None if method.is_stream else seconds)
+        if not _rpc_log.isEnabledFor(method.level):
+            return
         fields: dict[str, Any] = {
             "code": code,
             "duration_ms": round(seconds * 1000, 1),
@@ -250,9 +303,29 @@ class Call:
         }
         if reason:
             fields["reason"] = reason
-        level = logging.DEBUG if self._method.startswith(_QUIET) else logging.INFO
-        text = f"{self._name} {code}{f' {reason}' if reason else ''}"
-        _rpc_log.log(level, "%s", text, extra={"fields": fields})
+        text = f"{method.name} {code}{f' {reason}' if reason else ''}"
+        _rpc_log.log(method.level, "%s", text, extra={"fields": fields})
+
+
+_naming: dict[type, tuple[str, ...]] = {}
+
+
+def _task_of(message: Any) -> str:
+    """The task that a request or an answer is about; empty: it names none."""
+    kind = type(message)
+    fields = _naming.get(kind)
+    if fields is None:  # there are as many kinds of messages as there are, and no more
+        descriptor = getattr(message, "DESCRIPTOR", None)
+        known = descriptor.fields_by_name if descriptor is not None else ()
+        fields = _naming[kind] = tuple(f for f in ("name", "parent", "task") if f in known)
+    for field in fields:
+        name = getattr(message, field)
+        if not isinstance(name, str):
+            name = getattr(name, "name", "")
+        found = _TASK.match(name)
+        if found is not None:
+            return found[0]
+    return ""
 
 
 def _internal(request_id: str) -> status_pb2.Status:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from google.protobuf import duration_pb2, field_mask_pb2
 
@@ -16,7 +17,6 @@ from finetuned.v1 import (
 )
 from finetuned_daemon.checkpoints import Checkpoint
 from finetuned_daemon.devices import Device
-from finetuned_daemon.environment.model import CheckStatus, Report
 from finetuned_daemon.errors import Violation
 from finetuned_daemon.events.build import (
     end_reason_value,
@@ -26,18 +26,21 @@ from finetuned_daemon.events.build import (
     timestamp,
 )
 from finetuned_daemon.events.curves import Points
-from finetuned_daemon.export import ConfigFormat
 from finetuned_daemon.limits import BY_NAME
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.parameters.schema import json_value
-from finetuned_daemon.planner import Estimate
-from finetuned_daemon.planning.calibration import Calibration
 from finetuned_daemon.runs.contract import Progress, TrainingType
 from finetuned_daemon.task_requests import ResumeChoice
 from finetuned_daemon.tasks import Run, Task, TaskState
 from finetuned_daemon.templates import Template
 from finetuned_daemon.texts import Language, Text
-from finetuned_daemon.validation.resume import ResumePlan
+
+if TYPE_CHECKING:
+    from finetuned_daemon.environment.model import CheckStatus, Report
+    from finetuned_daemon.export import ConfigFormat
+    from finetuned_daemon.planner import Estimate
+    from finetuned_daemon.planning.calibration import Calibration
+    from finetuned_daemon.validation.resume import ResumePlan
 
 # Looked up rather than named: a client may send any number.
 _TRAINING_TYPES: dict[int, TrainingType] = {
@@ -45,11 +48,6 @@ _TRAINING_TYPES: dict[int, TrainingType] = {
 }
 _RESUME_CHOICES: dict[int, ResumeChoice] = {
     task_pb2.ResumeChoice.Value(f"RESUME_CHOICE_{kind.value}"): kind for kind in ResumeChoice
-}
-_CONFIG_FORMATS: dict[int, ConfigFormat] = {
-    task_service_pb2.CONFIG_FORMAT_UNSPECIFIED: ConfigFormat.YAML,
-    task_service_pb2.CONFIG_FORMAT_YAML: ConfigFormat.YAML,
-    task_service_pb2.CONFIG_FORMAT_SCRIPT: ConfigFormat.SCRIPT,
 }
 _STATES: dict[int, TaskState] = {int(state_value(kind)): kind for kind in TaskState}
 
@@ -108,11 +106,11 @@ def violation(record: Violation, speaking: Language) -> parameter_service_pb2.Pa
     )
 
 
-def run(record: Run, parent: Task) -> task_pb2.Run:
-    """A run as clients see it."""
+def run(record: Run, parent: str) -> task_pb2.Run:
+    """A run of a task, by the task's resource name, as clients see it."""
     identity = record.identity if record.state is TaskState.RUNNING else None
     return task_pb2.Run(
-        name=f"{parent.name}/runs/{record.number}",
+        name=f"{parent}/runs/{record.number}",
         number=record.number,
         state=state_value(record.state),
         end_reason=end_reason_value(record.end_reason),
@@ -164,10 +162,18 @@ def resume_choice(value: int, violations: list[Violation]) -> ResumeChoice | Non
 
 def config_format(value: int, violations: list[Violation]) -> ConfigFormat:
     """The format to export; adds a violation where it is none that this version knows."""
-    if value not in _CONFIG_FORMATS:
+    # With the first export: a daemon starts sooner without.
+    from finetuned_daemon.export import ConfigFormat
+
+    formats: dict[int, ConfigFormat] = {
+        task_service_pb2.CONFIG_FORMAT_UNSPECIFIED: ConfigFormat.YAML,
+        task_service_pb2.CONFIG_FORMAT_YAML: ConfigFormat.YAML,
+        task_service_pb2.CONFIG_FORMAT_SCRIPT: ConfigFormat.SCRIPT,
+    }
+    if value not in formats:
         text = Text(f"{value} is no format", f"没有格式 {value}")
         violations.append(Violation("format", text, "NOT_A_CHOICE"))
-    return _CONFIG_FORMATS.get(value, ConfigFormat.YAML)
+    return formats.get(value, ConfigFormat.YAML)
 
 
 def progress(record: Progress) -> task_pb2.Progress:

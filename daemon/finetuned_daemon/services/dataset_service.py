@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc import aio
 
 from finetuned.v1 import dataset_service_pb2, dataset_service_pb2_grpc
-from finetuned_daemon.dataset.formats import DataFormat
-from finetuned_daemon.dataset.report import BadLinePolicy, InspectRequest, Progress, Report
-from finetuned_daemon.dataset.worker import Worker
 from finetuned_daemon.errors import InvalidRequest, Stopping, Violation
 from finetuned_daemon.services import convert
 from finetuned_daemon.services.edge import language
@@ -20,19 +17,17 @@ from finetuned_daemon.services.paging import negative
 from finetuned_daemon.texts import Language, Text
 from finetuned_daemon.validation.paths import check_file, check_folder, check_outside
 
+if TYPE_CHECKING:
+    from finetuned_daemon.dataset.formats import DataFormat
+    from finetuned_daemon.dataset.report import BadLinePolicy, InspectRequest, Progress, Report
+    from finetuned_daemon.dataset.worker import Worker
+
 _Context = aio.ServicerContext[Any, Any]
 
 _SHORTEST, _LONGEST = 128, 8192
 _DEFAULT_LENGTH = 512
 _MOST_RENDERED = 20
 _DEFAULT_RENDERED = 3
-_POLICIES = {
-    dataset_service_pb2.BAD_LINE_POLICY_UNSPECIFIED: BadLinePolicy.FAIL,
-    **{
-        dataset_service_pb2.BadLinePolicy.Value(f"BAD_LINE_POLICY_{policy.value}"): policy
-        for policy in BadLinePolicy
-    },
-}
 
 
 class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
@@ -45,6 +40,9 @@ class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
     async def InspectDataset(  # noqa: N802, D102 - described in the proto
         self, request: dataset_service_pb2.InspectDatasetRequest, context: _Context
     ) -> AsyncIterator[dataset_service_pb2.InspectDatasetResponse]:
+        # With the first question: a daemon that is asked none starts sooner without.
+        from finetuned_daemon.dataset.report import Progress
+
         asked = await asyncio.to_thread(_decode, request, self._worker.own_folders)
         speaking = language(context)
         answers = self._worker.inspect(asked)
@@ -97,6 +95,8 @@ def _decode(
     Raises:
         InvalidRequest: Naming every wrong field.
     """
+    from finetuned_daemon.dataset.report import InspectRequest
+
     found = check_outside("path", request.path, own_folders) or _check_path(request)
     training_type = convert.training_type(request.training_type, found)
     if not request.training_type:
@@ -112,7 +112,7 @@ def _decode(
     length = request.max_seq_length or _DEFAULT_LENGTH
     if not _SHORTEST <= length <= _LONGEST:
         found.append(_out_of_range("max_seq_length", _SHORTEST, _LONGEST, length))
-    policy = _POLICIES.get(request.bad_line_policy)
+    policy = _policy(request.bad_line_policy)
     if policy is None:
         text = Text(
             f"there is no policy {request.bad_line_policy}", f"没有策略 {request.bad_line_policy}"
@@ -138,6 +138,18 @@ def _decode(
         max_rendered_samples=rendered,
         max_samples=request.max_samples,
     )
+
+
+def _policy(number: int) -> BadLinePolicy | None:
+    """The policy that a request names; None: there is no such one."""
+    from finetuned_daemon.dataset.report import BadLinePolicy
+
+    if number == dataset_service_pb2.BAD_LINE_POLICY_UNSPECIFIED:
+        return BadLinePolicy.FAIL
+    if number not in dataset_service_pb2.BadLinePolicy.values():
+        return None
+    name = dataset_service_pb2.BadLinePolicy.Name(number)  # type: ignore[arg-type]
+    return BadLinePolicy(name.removeprefix("BAD_LINE_POLICY_"))
 
 
 def _check_path(request: dataset_service_pb2.InspectDatasetRequest) -> list[Violation]:

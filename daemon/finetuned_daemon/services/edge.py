@@ -32,7 +32,7 @@ from finetuned_daemon.errors import (
 )
 from finetuned_daemon.limits import Limits
 from finetuned_daemon.services.access import Access, Admission
-from finetuned_daemon.services.calls import Calls
+from finetuned_daemon.services.calls import Call, Calls, Method
 from finetuned_daemon.texts import Language, Text, choose_language
 
 DOMAIN = "finetuned"
@@ -164,6 +164,8 @@ class Edge(aio.ServerInterceptor):
             limits, lambda error, context: to_status(error, language(context))
         )
         self._is_tcp = shared is not None
+        # By gRPC's names, of those methods that there are.
+        self._wrapped = dict[str, Any]()
 
     @property
     def calls(self) -> Calls:
@@ -188,88 +190,91 @@ class Edge(aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wraps the handler of one call."""
-        handler: Any = await continuation(handler_call_details)
-        if handler is None:  # no such method: gRPC answers UNIMPLEMENTED itself
-            return handler
+        """The wrapped handler of the method that is called."""
+        path = str(handler_call_details.method)
+        wrapped = self._wrapped.get(path)
+        if wrapped is None:
+            handler: Any = await continuation(handler_call_details)
+            if handler is None:  # no such method: gRPC answers UNIMPLEMENTED itself
+                return handler
+            wrapped = self._wrapped[path] = self._wrap(path, handler)
         if self._is_tcp:
             try:
-                metadata = handler_call_details.invocation_metadata or ()
-                self._access.check(handler_call_details.method, "tcp", metadata)
+                self._access.check_headers(path, handler_call_details.invocation_metadata or ())
             except DaemonError as error:
-                return self._refusal(error, handler_call_details)
+                return self._refusal(error, path)
+        return wrapped
+
+    def _wrap(self, path: str, handler: Any) -> Any:
         changes: dict[str, Any] = {}
         changes["request_deserializer"] = _forgiving(
             handler.request_deserializer, self._limits["message_bytes"]
         )
-        details = handler_call_details
+        changes["response_serializer"] = _ready_or_not(handler.response_serializer)
+        method = Method.of(path, is_stream=not handler.unary_unary)
         if handler.unary_unary:
-            changes["unary_unary"] = self._unary(handler.unary_unary, details)
+            changes["unary_unary"] = self._unary(handler.unary_unary, method)
         elif handler.unary_stream:
-            changes["unary_stream"] = self._stream(handler.unary_stream, details)
+            changes["unary_stream"] = self._stream(handler.unary_stream, method)
         elif handler.stream_stream:  # reflection
             reflect: Any = handler.stream_stream
 
             def checked(requests: Any, context: Any) -> Any:
                 return reflect(self._well_formed(requests), context)
 
-            changes["stream_stream"] = self._stream(checked, details)
+            changes["stream_stream"] = self._stream(checked, method)
         return handler._replace(**changes)
 
-    def _refusal(self, error: DaemonError, details: grpc.HandlerCallDetails) -> Any:
+    def _refusal(self, error: DaemonError, path: str) -> Any:
+        method = Method.of(path, is_stream=True)
+
         async def refuse(_: Any, context: aio.ServicerContext[Any, Any]) -> None:
-            async with self._calls.call(details, context, is_stream=True):
+            async with self._calls.call(method, context, is_tcp=self._is_tcp):
                 raise error
 
         # This kind alone is called before any message has come.
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    def _unary(
-        self,
-        behaviour: Callable[..., Awaitable[Any]],
-        details: grpc.HandlerCallDetails,
-    ) -> Any:
+    def _unary(self, behaviour: Callable[..., Awaitable[Any]], method: Method) -> Any:
         async def handle(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-            async with self._calls.call(details, context, is_stream=False) as call:
-                self._admit(request, context, details)
-                call.note_task(request)
-                await call.take_place()
+            call = self._calls.call(method, context, is_tcp=self._is_tcp)
+            try:
+                call.begin(request)
+                self._admit(request, call, method)
+                call.take_place()
                 answer = await behaviour(request, context)
-                call.note_task(answer)
-                return answer
+                call.note_answer(answer)
+            except BaseException as error:
+                await call.fail(error)
+                raise
+            call.succeed()
+            return answer
 
         return handle
 
-    def _stream(
-        self,
-        behaviour: Callable[..., AsyncIterator[Any]],
-        details: grpc.HandlerCallDetails,
-    ) -> Any:
-        async def handle(
-            request: Any, context: aio.ServicerContext[Any, Any]
-        ) -> AsyncIterator[Any]:
-            async with self._calls.call(details, context, is_stream=True) as call:
-                admission = self._admit(request, context, details)
-                call.note_task(request)
-                await call.take_place()
+    def _stream(self, behaviour: Callable[..., AsyncIterator[Any]], method: Method) -> Any:
+        # No generator: where a client goes away while it is sent something, this is told at once.
+        async def handle(request: Any, context: aio.ServicerContext[Any, Any]) -> None:
+            call = self._calls.call(method, context, is_tcp=self._is_tcp)
+            try:
+                call.begin(request)
+                admission = self._admit(request, call, method)
+                await call.take_place_of_stream()
                 responses: Any = behaviour(request, context)
                 if asyncio.iscoroutine(responses):  # sends them itself, as Health.Watch
                     await admission.run(responses)
-                    return
-                async for response in admission.stream(responses):
-                    yield response
+                else:
+                    await admission.send(responses, context.write)
+            except BaseException as error:
+                await call.fail(error)
+                raise
+            call.succeed()
 
         return handle
 
-    def _admit(
-        self,
-        request: Any,
-        context: aio.ServicerContext[Any, Any],
-        details: grpc.HandlerCallDetails,
-    ) -> Admission:
-        self._calls.check_open(str(details.method))
-        metadata = details.invocation_metadata or ()
-        admission = self._access.check(details.method, context.peer(), metadata)
+    def _admit(self, request: Any, call: Call, method: Method) -> Admission:
+        self._calls.check_open(method.path)
+        admission = self._access.check(method.path, call.metadata, is_tcp=self._is_tcp)
         self._check_form(request)
         return admission
 
@@ -290,6 +295,15 @@ class Edge(aio.ServerInterceptor):
         async for request in requests:
             self._check_form(request)
             yield request
+
+
+def _ready_or_not(
+    serializer: Callable[[Any], bytes] | None,
+) -> Callable[[Any], bytes] | None:
+    """A serializer that leaves alone what is bytes already."""
+    if serializer is None:
+        return None
+    return lambda message: message if isinstance(message, bytes) else serializer(message)
 
 
 def _forgiving(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc import aio
 
@@ -13,7 +13,6 @@ from finetuned_daemon.errors import InvalidRequest, Violation
 from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.parameters.schema import build_schema
-from finetuned_daemon.planner import Planner
 from finetuned_daemon.requests import Given, check_training_type, merged
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.services import convert
@@ -22,9 +21,10 @@ from finetuned_daemon.task_requests import StartOptions
 from finetuned_daemon.tasks import Task
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.texts import Text
-from finetuned_daemon.validation.check import errors
-from finetuned_daemon.validation.checkpoint import check_hashes
-from finetuned_daemon.validation.judge import Judge
+
+if TYPE_CHECKING:
+    from finetuned_daemon.planner import Planner
+    from finetuned_daemon.validation.judge import Judge
 
 _Context = aio.ServicerContext[Any, Any]
 
@@ -71,6 +71,9 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
             complete=not request.allow_unfinished,
             task=asked.task,
         )
+        # A daemon that nobody asks starts sooner without.
+        from finetuned_daemon.validation.check import errors
+
         violations = judgement.violations
         if not judgement.errors:
             violations = await self._planner.with_plan(judgement, asked.training_type)
@@ -99,6 +102,8 @@ class ParameterService(parameter_service_pb2_grpc.ParameterServiceServicer):
         )
         if judgement.errors:
             raise InvalidRequest(judgement.errors)
+        from finetuned_daemon.validation.checkpoint import check_hashes
+
         broken = await asyncio.to_thread(check_hashes, judgement.resolved, asked.training_type)
         if broken:  # a start would refuse it
             raise InvalidRequest(broken)

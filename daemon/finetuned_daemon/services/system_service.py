@@ -9,7 +9,7 @@ import sqlite3
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc import aio
 
@@ -18,17 +18,20 @@ from finetuned.v1 import system_service_pb2, system_service_pb2_grpc
 from finetuned_daemon.backups import DailyBackups
 from finetuned_daemon.config import Config
 from finetuned_daemon.devices import Look, Looks
-from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.errors import InvalidRequest, Stopping
 from finetuned_daemon.events.build import timestamp
 from finetuned_daemon.limits import LIMITS, Limits
 from finetuned_daemon.manager import Manager
 from finetuned_daemon.notify.notifier import Notifier
 from finetuned_daemon.runs.quota import Quota
+from finetuned_daemon.runs.standby import StandbyStatus
 from finetuned_daemon.services import convert
 from finetuned_daemon.services.edge import language
 from finetuned_daemon.services.paging import within
 from finetuned_daemon.tasks import TaskState, now_us
+
+if TYPE_CHECKING:
+    from finetuned_daemon.environment.environment import Environment
 
 _INTERVAL = 2.0
 _SHORTEST = 0.5
@@ -57,53 +60,36 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
         schema_version: int,
         stopping: asyncio.Event,
     ) -> None:
-        self._config = config
         self._manager = manager
         self._quota = quota
         self._environment = environment
         self._limits = limits
         self._backups = backups
-        self._addresses = addresses
-        self._schema_version = schema_version
         self._stopping = stopping
         self._looks = looks
         self._notifier = notifier
-        self._start_time = now_us()
+        self._still = _still(config, limits, addresses, schema_version)
 
     async def GetSystemInfo(  # noqa: N802, D102 - described in the proto, as all rpcs here
         self, request: system_service_pb2.GetSystemInfoRequest, context: _Context
     ) -> system_service_pb2.GetSystemInfoResponse:
-        runs = [run for runs in self._manager.runs.active().values() for run, _ in runs]
+        occupancy = self._manager.records.occupancy().values()
         backup_time = self._backups.last_time
-        return system_service_pb2.GetSystemInfoResponse(
-            version=__version__,
-            pid=os.getpid(),
-            addresses=self._addresses,
-            state_dir=str(self._config.paths.state_dir),
-            runtime_dir=str(self._config.paths.runtime_dir),
-            start_time=timestamp(self._start_time),
-            runner_python=self._config.runner_python,
-            python_version=platform.python_version(),
-            sqlite_version=sqlite3.sqlite_version,
-            platform=f"{sys.platform}-{platform.release()}-{platform.machine()}",
-            running_tasks=sum(run.state is TaskState.RUNNING for run in runs),
-            queued_tasks=sum(run.state is TaskState.QUEUED for run in runs),
-            schema_version=self._schema_version,
+        for limit in self._still.limits:
+            used = self._limits.used(limit.name)
+            if used is not None:
+                limit.used = used
+        answer = system_service_pb2.GetSystemInfoResponse(
+            running_tasks=sum(bool(running) for running, _ in occupancy),
+            queued_tasks=sum(queued for _, queued in occupancy),
             last_backup_time=None if backup_time is None else timestamp(backup_time),
-            limits=[
-                system_service_pb2.Limit(
-                    name=limit.name,
-                    value=self._limits[limit.name],
-                    used=self._limits.used(limit.name),
-                    unit=limit.unit,
-                )
-                for limit in LIMITS
-            ],
-            log_path=str(self._config.paths.log_file),
-            paused_tasks=len(self._manager.records.paused_runs()),
+            paused_tasks=self._manager.records.count(TaskState.PAUSED),
             pending_notifications=self._notifier.pending,
             failed_notifications=self._notifier.given_up,
+            standby=_standby(self._manager.runs.standby),
         )
+        answer.MergeFrom(self._still)
+        return answer
 
     async def ListDevices(  # noqa: N802, D102
         self, request: system_service_pb2.ListDevicesRequest, context: _Context
@@ -160,6 +146,40 @@ class SystemService(system_service_pb2_grpc.SystemServiceServicer):
                 )
             )
         return result
+
+
+def _still(
+    config: Config, limits: Limits, addresses: Sequence[str], schema_version: int
+) -> system_service_pb2.GetSystemInfoResponse:
+    """What of GetSystemInfo does not change while the daemon serves, but for use of the limits."""
+    return system_service_pb2.GetSystemInfoResponse(
+        version=__version__,
+        pid=os.getpid(),
+        addresses=addresses,
+        state_dir=str(config.paths.state_dir),
+        runtime_dir=str(config.paths.runtime_dir),
+        start_time=timestamp(now_us()),
+        runner_python=config.runner_python,
+        python_version=platform.python_version(),
+        sqlite_version=sqlite3.sqlite_version,
+        platform=f"{sys.platform}-{platform.release()}-{platform.machine()}",
+        schema_version=schema_version,
+        limits=[
+            system_service_pb2.Limit(name=limit.name, value=limits[limit.name], unit=limit.unit)
+            for limit in LIMITS
+        ],
+        log_path=str(config.paths.log_file),
+    )
+
+
+def _standby(status: StandbyStatus) -> system_service_pb2.Standby:
+    return system_service_pb2.Standby(
+        state=system_service_pb2.StandbyState.Value(f"STANDBY_STATE_{status.state.name}"),
+        pid=status.pid,
+        memory_bytes=status.memory_bytes,
+        ready_time=timestamp(status.ready_time) if status.ready_time else None,
+        started_runs=status.started_runs,
+    )
 
 
 async def _rung(bell: asyncio.Event, seconds: float) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from finetuned.v1 import task_service_pb2
 from finetuned_daemon.events.build import timestamp
-from finetuned_daemon.events.changes import TaskWatcher
+from finetuned_daemon.events.changes import Shown, TaskWatcher
 from finetuned_daemon.manager import Manager
 from finetuned_daemon.services import convert
 from finetuned_daemon.tasks import Task, TaskState, now_us
@@ -36,8 +36,8 @@ class TaskListStream:
         self._heartbeat_seconds = heartbeat_seconds
         self._stopping = stopping
 
-    async def responses(self) -> AsyncGenerator[_Response]:
-        """Messages until the daemon stops. No transaction is open while one is sent."""
+    async def responses(self) -> AsyncGenerator[_Response | bytes]:
+        """Messages, or their bytes, until the daemon stops; no transaction is open meanwhile."""
         with self._manager.changes.watch() as watcher:  # before the first read: nothing is missed
             async with aclosing(self._listing(watcher)) as listed:
                 async for response in listed:
@@ -58,16 +58,21 @@ class TaskListStream:
                 beat = task_service_pb2.Heartbeat(time=timestamp(now_us()))
                 yield _Response(heartbeat=beat)
 
-    async def _listing(self, watcher: TaskWatcher) -> AsyncGenerator[_Response]:
+    async def _listing(self, watcher: TaskWatcher) -> AsyncGenerator[_Response | bytes]:
         """Every task that there is, newest first, and that these are all."""
         count = before_key = 0
         is_over = False
         while not is_over and not self._stopping.is_set():
             tasks = self._manager.records.tasks(
-                limit=_AT_ONCE, before_key=before_key, states=self._states, display_name=""
+                limit=_AT_ONCE,
+                before_key=before_key,
+                states=self._states,
+                display_name="",
+                with_parameters=False,
             )
-            for response in self._encode(watcher, tasks):
-                yield response
+            for task in tasks:
+                watcher.sent(task)
+                yield self._encode(task)
             count += len(tasks)
             is_over = len(tasks) < _AT_ONCE
             before_key = tasks[-1].key if tasks else 0
@@ -75,22 +80,32 @@ class TaskListStream:
             synced = task_service_pb2.Synced(task_count=count, time=timestamp(now_us()))
             yield _Response(synced=synced)
 
-    def _changed(self, watcher: TaskWatcher) -> list[_Response]:
+    def _changed(self, watcher: TaskWatcher) -> list[_Response | bytes]:
         """Some of what has changed since it was sent."""
-        responses = list[_Response]()
+        responses = list[_Response | bytes]()
         for key, deleted in watcher.take(_AT_ONCE):
-            task = None if deleted else self._manager.records.task_by_key(key)
-            if task is not None and (not self._states or task.state in self._states):
-                responses += self._encode(watcher, [task])
+            shown = None if deleted else self._shown(key)
+            if shown is not None and (not self._states or shown.state in self._states):
+                watcher.sent(shown)
+                responses.append(shown.data)
             elif watcher.left(key):
+                task = None if deleted else self._manager.records.task_by_key(key)
                 responses.append(_Response(deleted=task.name if task else deleted))
         return responses
 
-    def _encode(self, watcher: TaskWatcher, tasks: Iterable[Task]) -> list[_Response]:
+    def _shown(self, key: int) -> Shown | None:
+        """A task as it stands, by whichever watcher it was read first; None: it is gone."""
         changes = self._manager.changes
-        responses = list[_Response]()
-        for task in tasks:
-            watcher.sent(task)
-            shown = convert.task(task, changes.position(task), with_parameters=False)
-            responses.append(_Response(task=shown))
-        return responses
+        shown = changes.shown(key)
+        if shown is None:
+            task = self._manager.records.task_by_key(key)
+            if task is None:
+                return None
+            shown = Shown(key, task.revision, task.state, self._encode(task))
+            changes.keep(shown)
+        return shown
+
+    def _encode(self, task: Task) -> bytes:
+        position = self._manager.changes.position(task)
+        shown = convert.task(task, position, with_parameters=False)
+        return _Response(task=shown).SerializeToString()

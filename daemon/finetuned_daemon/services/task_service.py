@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -12,9 +12,6 @@ from grpc import aio
 from finetuned.v1 import task_pb2, task_service_pb2, task_service_pb2_grpc
 from finetuned_daemon.checkpoints import Checkpoint, check_resume
 from finetuned_daemon.errors import InvalidRequest, NotFound, Stopping, Violation
-from finetuned_daemon.events.build import timestamp
-from finetuned_daemon.events.log import PAGE
-from finetuned_daemon.export import Settings, export
 from finetuned_daemon.limits import BY_NAME
 from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
@@ -25,16 +22,19 @@ from finetuned_daemon.services.paging import (
     check_page_size,
     negative,
     next_page_token,
-    not_negative,
     page_token,
 )
+from finetuned_daemon.services.ready import Ready, Repeated, joined
 from finetuned_daemon.services.repeats import request_id
 from finetuned_daemon.services.task_list import TaskListStream
+from finetuned_daemon.services.task_watch import watch_task
 from finetuned_daemon.task_requests import Edit, NewTask, StartOptions
-from finetuned_daemon.tasks import Task, TaskState, now_us
+from finetuned_daemon.tasks import Run, Task, TaskState
 
-_WATCH_BYTES = BY_NAME["watch_page_bytes"].default
 _MOST_PAGE_BYTES = BY_NAME["event_page_bytes"].default
+
+_MOST_READY = 256
+"""Tasks, and runs, whose messages are kept; one takes about 1 KiB."""
 
 _Context = aio.ServicerContext[Any, Any]
 
@@ -48,6 +48,9 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         self._manager = manager
         self._heartbeat_seconds = heartbeat_seconds
         self._stopping = stopping
+        self._ready_tasks = Ready[Task, int](convert.task, _MOST_READY)
+        self._ready_runs = Ready[Run, str](convert.run, _MOST_READY)
+        self._repeated = Repeated(manager.written)
 
     async def CreateTask(  # noqa: N802, D102 - described in the proto, as all rpcs here
         self, request: task_service_pb2.CreateTaskRequest, context: _Context
@@ -75,12 +78,17 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
 
     async def GetTask(  # noqa: N802, D102
         self, request: task_service_pb2.GetTaskRequest, context: _Context
-    ) -> task_service_pb2.GetTaskResponse:
-        return task_service_pb2.GetTaskResponse(task=self._encode(self._manager.get(request.name)))
+    ) -> Any:  # its bytes
+        task = self._manager.get(request.name)
+        return joined(task_service_pb2.GetTaskResponse.TASK_FIELD_NUMBER, self._ready([task]))
 
     async def ListTasks(  # noqa: N802, D102
         self, request: task_service_pb2.ListTasksRequest, context: _Context
-    ) -> task_service_pb2.ListTasksResponse:
+    ) -> Any:  # its bytes
+        answer = self._repeated.answer(request)
+        if answer is not None:
+            return answer
+        mark = self._repeated.mark
         violations = check_page_size(request.page_size)
         states = convert.states(request.states, violations)
         before_key = page_token("tasks", request.page_token, violations)
@@ -93,10 +101,13 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
             states=states,
             display_name=request.display_name,
         )
-        return task_service_pb2.ListTasksResponse(
-            tasks=self._encode_all(tasks[:size]),
-            next_page_token=next_page_token("tasks", tasks, size, lambda task: task.key),
+        token = next_page_token("tasks", tasks, size, lambda task: task.key)
+        answer = joined(
+            task_service_pb2.ListTasksResponse.TASKS_FIELD_NUMBER,
+            self._ready(tasks[:size]),
+            task_service_pb2.ListTasksResponse(next_page_token=token),
         )
+        return self._repeated.keep(request, mark, answer)
 
     async def UpdateTask(  # noqa: N802, D102
         self, request: task_service_pb2.UpdateTaskRequest, context: _Context
@@ -181,45 +192,15 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         task = self._manager.runs.move(request.name, request.position)
         return task_service_pb2.MoveTaskResponse(task=self._encode(task))
 
-    async def WatchTask(  # noqa: N802, D102
+    def WatchTask(  # noqa: N802, D102
         self, request: task_service_pb2.WatchTaskRequest, context: _Context
-    ) -> AsyncIterator[task_service_pb2.WatchTaskResponse]:
+    ) -> AsyncIterator[Any]:  # bytes, where they are ready
         task = self._manager.get(request.name)
-        events = self._manager.events
-        after_seq = not_negative("after_seq", request.after_seq)
-        cursor = events.start(task.key, after_seq, task.last_seq, request.log_epoch)
-        yield task_service_pb2.WatchTaskResponse(
-            snapshot=task_service_pb2.Snapshot(
-                task=self._encode(task),
-                log_epoch=events.epoch,
-                first_seq=events.first_seq(task.key),
-            )
-        )
-        while not self._stopping.is_set():
-            page = events.read(task.key, cursor, PAGE, most_bytes=_WATCH_BYTES)
-            if page and page[0].seq != cursor + 1:  # deleted while this watcher did not read
-                events.check_kept(cursor, page[0].seq)
-            for event in page:
-                cursor = event.seq
-                yield task_service_pb2.WatchTaskResponse(event=event)
-            if page:
-                continue
-            await events.wait(task.key, cursor, self._heartbeat_seconds)
-            last_seq = events.last_seq(task.key)
-            if last_seq is None:
-                self._manager.get(request.name)  # NOT_FOUND
-                return  # deleted, and another made under the same id
-            if last_seq == cursor and not self._stopping.is_set():
-                yield task_service_pb2.WatchTaskResponse(
-                    heartbeat=task_service_pb2.Heartbeat(
-                        last_seq=last_seq, time=timestamp(now_us())
-                    )
-                )
-        raise Stopping
+        return watch_task(self._manager, request, task, self._encode(task), self._stopping)
 
     async def WatchTasks(  # noqa: N802, D102
         self, request: task_service_pb2.WatchTasksRequest, context: _Context
-    ) -> AsyncIterator[task_service_pb2.WatchTasksResponse]:
+    ) -> AsyncIterator[Any]:  # bytes, where they are ready
         violations = list[Violation]()
         states = convert.states(request.states, violations)
         if violations:
@@ -232,12 +213,17 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
 
     async def GetMetrics(  # noqa: N802, D102
         self, request: task_service_pb2.GetMetricsRequest, context: _Context
-    ) -> task_service_pb2.GetMetricsResponse:
-        return await get_metrics(self._manager, request)
+    ) -> Any:  # its bytes
+        answer = self._repeated.answer(request)
+        if answer is not None:
+            return answer
+        mark = self._repeated.mark
+        curves = await get_metrics(self._manager, request)
+        return self._repeated.keep(request, mark, curves.SerializeToString())
 
     async def ListRuns(  # noqa: N802, D102
         self, request: task_service_pb2.ListRunsRequest, context: _Context
-    ) -> task_service_pb2.ListRunsResponse:
+    ) -> Any:  # its bytes
         violations = check_page_size(request.page_size)
         before = page_token("runs", request.page_token, violations)
         if violations:
@@ -245,9 +231,11 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         task = self._manager.get(request.parent)
         size = request.page_size or 100
         runs = self._manager.records.runs(task.key, limit=size + 1, before_number=before)
-        return task_service_pb2.ListRunsResponse(
-            runs=[convert.run(run, task) for run in runs[:size]],
-            next_page_token=next_page_token("runs", runs, size, lambda run: run.number),
+        token = next_page_token("runs", runs, size, lambda run: run.number)
+        return joined(
+            task_service_pb2.ListRunsResponse.RUNS_FIELD_NUMBER,
+            [self._ready_runs.of(run.key, run, task.name) for run in runs[:size]],
+            task_service_pb2.ListRunsResponse(next_page_token=token),
         )
 
     async def ListCheckpoints(  # noqa: N802, D102
@@ -278,7 +266,11 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
 
     async def ListEvents(  # noqa: N802, D102
         self, request: task_service_pb2.ListEventsRequest, context: _Context
-    ) -> task_service_pb2.ListEventsResponse:
+    ) -> Any:  # its bytes
+        answer = self._repeated.answer(request)
+        if answer is not None:
+            return answer
+        mark = self._repeated.mark
         violations = check_page_size(request.page_size)
         for field, value in (("run", request.run), ("after_seq", request.after_seq)):
             if value < 0:
@@ -286,20 +278,34 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         if violations:
             raise InvalidRequest(violations)
         task = self._manager.get(request.parent)
-        events = self._manager.events
-        cursor = events.start(task.key, request.after_seq, task.last_seq)
-        return task_service_pb2.ListEventsResponse(
-            events=events.read(
-                task.key, cursor, request.page_size or 500, request.run, _MOST_PAGE_BYTES
+        events, size = self._manager.events, request.page_size or 500
+        found: list[bytes] | None = None
+        if request.run:
+            kept = self._manager.digests.events(task.key, request.run, request.after_seq, size)
+            found = None if kept is None else [event.SerializeToString() for event in kept]
+        read = events.read_serialized
+        if found is None:
+            cursor = events.start(task.key, request.after_seq, task.last_seq)
+            found = read(task.key, cursor, size, request.run, _MOST_PAGE_BYTES)
+        elif len(found) < size:  # and what of the log itself is left
+            cursor, left = events.first_seq(task.key) - 1, size - len(found)
+            found += read(task.key, cursor, left, request.run, _MOST_PAGE_BYTES)
+        answer = joined(
+            task_service_pb2.ListEventsResponse.EVENTS_FIELD_NUMBER,
+            found,
+            task_service_pb2.ListEventsResponse(
+                last_seq=task.last_seq,
+                first_seq=events.first_seq(task.key),
+                log_epoch=events.epoch,
             ),
-            last_seq=task.last_seq,
-            first_seq=events.first_seq(task.key),
-            log_epoch=events.epoch,
         )
+        return self._repeated.keep(request, mark, answer)
 
     async def ExportTaskConfig(  # noqa: N802, D102
         self, request: task_service_pb2.ExportTaskConfigRequest, context: _Context
     ) -> task_service_pb2.ExportTaskConfigResponse:
+        from finetuned_daemon.export import Settings, export  # a daemon starts sooner without
+
         violations = list[Violation]()
         number = request.run
         if number < 0:
@@ -323,17 +329,21 @@ class TaskService(task_service_pb2_grpc.TaskServiceServicer):
         )
 
     def _encode(self, task: Task) -> task_pb2.Task:
-        return self._encode_all([task])[0]
+        return convert.task(task, self._positions([task])(task))
 
-    def _encode_all(self, tasks: list[Task]) -> list[task_pb2.Task]:
-        positions = dict[int, int]()
-        if any(task.state is TaskState.QUEUED for task in tasks):
-            positions = self._manager.runs.queue_positions()
+    def _ready(self, tasks: Sequence[Task]) -> list[bytes]:
+        """The messages of tasks, serialized."""
+        position = self._positions(tasks)
+        return [self._ready_tasks.of(task.key, task, position(task)) for task in tasks]
+
+    def _positions(self, tasks: Sequence[Task]) -> Callable[[Task], int]:
+        """Tells each task's place in the queue; 0: it does not wait there."""
+        queued = {task.key for task in tasks if task.state is TaskState.QUEUED}
+        if not queued:
+            return lambda _: 0
+        positions = self._manager.runs.queue_positions()
         # One that was queued and is not any more was the first, and has begun meanwhile.
-        return [
-            convert.task(task, positions.get(task.key, 1) if task.state is TaskState.QUEUED else 0)
-            for task in tasks
-        ]
+        return lambda task: positions.get(task.key, 1) if task.key in queued else 0
 
     def _created(self, task: Task) -> task_service_pb2.CreateTaskResponse:
         return task_service_pb2.CreateTaskResponse(task=self._encode(task))

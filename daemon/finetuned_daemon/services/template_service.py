@@ -13,6 +13,7 @@ from finetuned_daemon.manager import Manager
 from finetuned_daemon.parameters import protos
 from finetuned_daemon.services import convert
 from finetuned_daemon.services.paging import check_page_size, page_token
+from finetuned_daemon.services.ready import Ready, joined
 from finetuned_daemon.services.repeats import request_id
 from finetuned_daemon.template_manager import NewTemplate, TemplateManager
 from finetuned_daemon.templates import Template
@@ -26,6 +27,7 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
     def __init__(self, templates: TemplateManager, manager: Manager) -> None:
         self._templates = templates
         self._manager = manager
+        self._ready = Ready[Template, int](lambda template, _: convert.template(template), 128)
 
     async def CreateTemplate(  # noqa: N802, D102 - described in the proto, as all rpcs here
         self, request: template_service_pb2.CreateTemplateRequest, context: _Context
@@ -50,23 +52,30 @@ class TemplateService(template_service_pb2_grpc.TemplateServiceServicer):
 
     async def GetTemplate(  # noqa: N802, D102
         self, request: template_service_pb2.GetTemplateRequest, context: _Context
-    ) -> template_service_pb2.GetTemplateResponse:
+    ) -> Any:  # its bytes
         template = self._templates.get(request.name)
-        return template_service_pb2.GetTemplateResponse(template=convert.template(template))
+        return joined(
+            template_service_pb2.GetTemplateResponse.TEMPLATE_FIELD_NUMBER,
+            [self._ready.of(template.template_id, template, 0)],
+        )
 
     async def ListTemplates(  # noqa: N802, D102
         self, request: template_service_pb2.ListTemplatesRequest, context: _Context
-    ) -> template_service_pb2.ListTemplatesResponse:
+    ) -> Any:  # its bytes
         violations = check_page_size(request.page_size)
         start = page_token("templates", request.page_token, violations)
         training_type = convert.training_type(request.training_type, violations)
         if violations:
             raise InvalidRequest(violations)
-        templates = self._templates.list(training_type, request.display_name)
-        end = start + (request.page_size or 100)
-        return template_service_pb2.ListTemplatesResponse(
-            templates=[convert.template(template) for template in templates[start:end]],
-            next_page_token=f"templates-{end}" if end < len(templates) else "",
+        size = request.page_size or 100
+        templates = self._templates.list(
+            training_type, request.display_name, skipped=start, limit=size + 1
+        )
+        token = f"templates-{start + size}" if len(templates) > size else ""
+        return joined(
+            template_service_pb2.ListTemplatesResponse.TEMPLATES_FIELD_NUMBER,
+            [self._ready.of(template.template_id, template, 0) for template in templates[:size]],
+            template_service_pb2.ListTemplatesResponse(next_page_token=token),
         )
 
     async def UpdateTemplate(  # noqa: N802, D102

@@ -5,6 +5,74 @@
 import { BinaryReader, BinaryWriter } from "@bufbuild/protobuf/wire";
 import { Timestamp } from "../../google/protobuf/timestamp.js";
 
+/** State of the standby. */
+export const StandbyState = {
+  /** UNSPECIFIED - Never sent. */
+  UNSPECIFIED: "STANDBY_STATE_UNSPECIFIED",
+  /** OFF - Turned off, or none can be made. */
+  OFF: "STANDBY_STATE_OFF",
+  /** NONE - There is none; the end of a run makes one. */
+  NONE: "STANDBY_STATE_NONE",
+  /** WARMING - It imports; a run that starts now does not begin from it. */
+  WARMING: "STANDBY_STATE_WARMING",
+  /** READY - The next run begins from it, unless it needs bitsandbytes. */
+  READY: "STANDBY_STATE_READY",
+  UNRECOGNIZED: "UNRECOGNIZED",
+} as const;
+
+export type StandbyState = typeof StandbyState[keyof typeof StandbyState];
+
+export namespace StandbyState {
+  export type UNSPECIFIED = typeof StandbyState.UNSPECIFIED;
+  export type OFF = typeof StandbyState.OFF;
+  export type NONE = typeof StandbyState.NONE;
+  export type WARMING = typeof StandbyState.WARMING;
+  export type READY = typeof StandbyState.READY;
+  export type UNRECOGNIZED = typeof StandbyState.UNRECOGNIZED;
+}
+
+export function standbyStateFromJSON(object: any): StandbyState {
+  switch (object) {
+    case 0:
+    case "STANDBY_STATE_UNSPECIFIED":
+      return StandbyState.UNSPECIFIED;
+    case 1:
+    case "STANDBY_STATE_OFF":
+      return StandbyState.OFF;
+    case 2:
+    case "STANDBY_STATE_NONE":
+      return StandbyState.NONE;
+    case 3:
+    case "STANDBY_STATE_WARMING":
+      return StandbyState.WARMING;
+    case 4:
+    case "STANDBY_STATE_READY":
+      return StandbyState.READY;
+    case -1:
+    case "UNRECOGNIZED":
+    default:
+      return StandbyState.UNRECOGNIZED;
+  }
+}
+
+export function standbyStateToNumber(object: StandbyState): number {
+  switch (object) {
+    case StandbyState.UNSPECIFIED:
+      return 0;
+    case StandbyState.OFF:
+      return 1;
+    case StandbyState.NONE:
+      return 2;
+    case StandbyState.WARMING:
+      return 3;
+    case StandbyState.READY:
+      return 4;
+    case StandbyState.UNRECOGNIZED:
+    default:
+      return -1;
+  }
+}
+
 /** Kind of a device. */
 export const DeviceType = {
   /** UNSPECIFIED - Never sent. */
@@ -165,6 +233,27 @@ export interface GetSystemInfoResponse {
   pendingNotifications: number;
   /** Notifications that could not be delivered and were given up, of those that are kept. */
   failedNotifications: number;
+  /** The process that the next run begins from. */
+  standby: Standby | undefined;
+}
+
+/**
+ * A process of the training environment that has imported everything, so that a run that begins from it takes its first step seconds
+ * sooner. Made when a run has ended, dropped when none has started for a while; its user may turn it off.
+ */
+export interface Standby {
+  /** Whether there is one. */
+  state: StandbyState;
+  /** Its process id; 0: there is none. */
+  pid: number;
+  /** Its resident memory in bytes. Runs that began from it share most of that, and count it as well. */
+  memoryBytes: number;
+  /** When it was ready; absent: it is not. */
+  readyTime:
+    | Date
+    | undefined;
+  /** Runs that began from one since the daemon started. */
+  startedRuns: number;
 }
 
 /**
@@ -384,6 +473,7 @@ function createBaseGetSystemInfoResponse(): GetSystemInfoResponse {
     pausedTasks: 0,
     pendingNotifications: 0,
     failedNotifications: 0,
+    standby: undefined,
   };
 }
 
@@ -445,6 +535,9 @@ export const GetSystemInfoResponse: MessageFns<GetSystemInfoResponse> = {
     }
     if (message.failedNotifications !== 0) {
       writer.uint32(152).int32(message.failedNotifications);
+    }
+    if (message.standby !== undefined) {
+      Standby.encode(message.standby, writer.uint32(162).fork()).join();
     }
     return writer;
   },
@@ -614,6 +707,14 @@ export const GetSystemInfoResponse: MessageFns<GetSystemInfoResponse> = {
             message.failedNotifications = reader.int32();
             continue;
           }
+          case 20: {
+            if (tag !== 162) {
+              break;
+            }
+
+            message.standby = Standby.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -650,6 +751,112 @@ export const GetSystemInfoResponse: MessageFns<GetSystemInfoResponse> = {
     message.pausedTasks = object.pausedTasks ?? 0;
     message.pendingNotifications = object.pendingNotifications ?? 0;
     message.failedNotifications = object.failedNotifications ?? 0;
+    message.standby = (object.standby !== undefined && object.standby !== null)
+      ? Standby.fromPartial(object.standby)
+      : undefined;
+    return message;
+  },
+};
+
+function createBaseStandby(): Standby {
+  return { state: StandbyState.UNSPECIFIED, pid: 0, memoryBytes: 0, readyTime: undefined, startedRuns: 0 };
+}
+
+export const Standby: MessageFns<Standby> = {
+  encode(message: Standby, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.state !== StandbyState.UNSPECIFIED) {
+      writer.uint32(8).int32(standbyStateToNumber(message.state));
+    }
+    if (message.pid !== 0) {
+      writer.uint32(16).int64(message.pid);
+    }
+    if (message.memoryBytes !== 0) {
+      writer.uint32(24).int64(message.memoryBytes);
+    }
+    if (message.readyTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.readyTime), writer.uint32(34).fork()).join();
+    }
+    if (message.startedRuns !== 0) {
+      writer.uint32(40).int32(message.startedRuns);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): Standby {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseStandby();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.state = standbyStateFromJSON(reader.int32());
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.pid = longToNumber(reader.int64());
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.memoryBytes = longToNumber(reader.int64());
+            continue;
+          }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.readyTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 5: {
+            if (tag !== 40) {
+              break;
+            }
+
+            message.startedRuns = reader.int32();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  create(base?: DeepPartial<Standby>): Standby {
+    return Standby.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<Standby>): Standby {
+    const message = createBaseStandby();
+    message.state = object.state ?? StandbyState.UNSPECIFIED;
+    message.pid = object.pid ?? 0;
+    message.memoryBytes = object.memoryBytes ?? 0;
+    message.readyTime = object.readyTime ?? undefined;
+    message.startedRuns = object.startedRuns ?? 0;
     return message;
   },
 };

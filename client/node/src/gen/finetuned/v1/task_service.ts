@@ -277,6 +277,11 @@ export interface WatchTaskRequest {
   afterSeq: number;
   /** `log_epoch` of the snapshot in which `after_seq` was seen. Empty: not checked. */
   logEpoch: string;
+  /**
+   * Whether events come as `events`, as many in one message as there are: a long log comes several times as fast, and many watchers
+   * cost little. Otherwise, and from a daemon that does not know this field, each comes as `event`, so be ready for both.
+   */
+  allowBatches: boolean;
 }
 
 /** Answer of WatchTask, one message of the stream. */
@@ -292,7 +297,16 @@ export interface WatchTaskResponse {
     | //
     /** Nothing has happened; the stream is alive. */
     { $case: "heartbeat"; value: Heartbeat }
+    | //
+    /** Events, in order of `seq`; only with `allow_batches`. */
+    { $case: "events"; value: EventBatch }
     | undefined;
+}
+
+/** Events that come in one message. */
+export interface EventBatch {
+  /** At least one, oldest first; about 64 KiB together at most, unless one alone is larger. */
+  events: Event[];
 }
 
 /** The present state of a watched task. */
@@ -1920,7 +1934,7 @@ export const MoveTaskResponse: MessageFns<MoveTaskResponse> = {
 };
 
 function createBaseWatchTaskRequest(): WatchTaskRequest {
-  return { name: "", afterSeq: 0, logEpoch: "" };
+  return { name: "", afterSeq: 0, logEpoch: "", allowBatches: false };
 }
 
 export const WatchTaskRequest: MessageFns<WatchTaskRequest> = {
@@ -1933,6 +1947,9 @@ export const WatchTaskRequest: MessageFns<WatchTaskRequest> = {
     }
     if (message.logEpoch !== "") {
       writer.uint32(26).string(message.logEpoch);
+    }
+    if (message.allowBatches !== false) {
+      writer.uint32(32).bool(message.allowBatches);
     }
     return writer;
   },
@@ -1974,6 +1991,14 @@ export const WatchTaskRequest: MessageFns<WatchTaskRequest> = {
             message.logEpoch = reader.string();
             continue;
           }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.allowBatches = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1994,6 +2019,7 @@ export const WatchTaskRequest: MessageFns<WatchTaskRequest> = {
     message.name = object.name ?? "";
     message.afterSeq = object.afterSeq ?? 0;
     message.logEpoch = object.logEpoch ?? "";
+    message.allowBatches = object.allowBatches ?? false;
     return message;
   },
 };
@@ -2013,6 +2039,9 @@ export const WatchTaskResponse: MessageFns<WatchTaskResponse> = {
         break;
       case "heartbeat":
         Heartbeat.encode(message.response.value, writer.uint32(26).fork()).join();
+        break;
+      case "events":
+        EventBatch.encode(message.response.value, writer.uint32(34).fork()).join();
         break;
     }
     return writer;
@@ -2055,6 +2084,14 @@ export const WatchTaskResponse: MessageFns<WatchTaskResponse> = {
             message.response = { $case: "heartbeat", value: Heartbeat.decode(reader, reader.uint32()) };
             continue;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.response = { $case: "events", value: EventBatch.decode(reader, reader.uint32()) };
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -2091,7 +2128,68 @@ export const WatchTaskResponse: MessageFns<WatchTaskResponse> = {
         }
         break;
       }
+      case "events": {
+        if (object.response?.value !== undefined && object.response?.value !== null) {
+          message.response = { $case: "events", value: EventBatch.fromPartial(object.response.value) };
+        }
+        break;
+      }
     }
+    return message;
+  },
+};
+
+function createBaseEventBatch(): EventBatch {
+  return { events: [] };
+}
+
+export const EventBatch: MessageFns<EventBatch> = {
+  encode(message: EventBatch, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    for (const v of message.events) {
+      Event.encode(v!, writer.uint32(10).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): EventBatch {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseEventBatch();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.events.push(Event.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  create(base?: DeepPartial<EventBatch>): EventBatch {
+    return EventBatch.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<EventBatch>): EventBatch {
+    const message = createBaseEventBatch();
+    message.events = object.events?.map((e) => Event.fromPartial(e)) || [];
     return message;
   },
 };
@@ -3808,8 +3906,8 @@ export const TaskServiceDefinition = {
      *
      * NOT_FOUND: no such task, or it was deleted while watched. OUT_OF_RANGE: `after_seq` lies beyond the newest event, or
      * `log_epoch` is not this log's (the database was restored), or events after `after_seq` were deleted to keep the log at its bound
-     * (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never events of the newest run): watch again from 0. UNAVAILABLE: the daemon stops: watch again
-     * from the last `seq` that was seen; no event is missed or repeated.
+     * (`SEQ_COMPACTED`, with `first_seq` in the metadata of its reason; never while a run is under way): watch again from 0.
+     * UNAVAILABLE: the daemon stops: watch again from the last `seq` that was seen; no event is missed or repeated.
      */
     watchTask: {
       name: "WatchTask",
@@ -3844,7 +3942,8 @@ export const TaskServiceDefinition = {
      * With `max_points` a curve that has more is thinned out: its first and last point stay, and of each stretch between them, all of
      * equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
      * pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
-     * anew. A task that was run again and again may have lost the oldest events of earlier runs, and the curves with them.
+     * anew. Of an old run whose events were deleted, to keep the database at its bound, at most 1000 points a curve are left, thinned
+     * out in the same way; `point_count` says how many there were.
      * INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
      */
     getMetrics: {
@@ -3891,8 +3990,10 @@ export const TaskServiceDefinition = {
       options: {},
     },
     /**
-     * Lists events of a task after `after_seq`, oldest first. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask.
-     * Safe to repeat.
+     * Lists events of a task after `after_seq`, oldest first. Of an old run whose events were deleted, to keep the database at its
+     * bound, those that people look back at are left: changes of its state, its result, notices, checkpoints and evaluations. Only
+     * with `run` are they listed, under the numbers that they had. NOT_FOUND: no such task. OUT_OF_RANGE as in WatchTask. Safe to
+     * repeat.
      */
     listEvents: {
       name: "ListEvents",
