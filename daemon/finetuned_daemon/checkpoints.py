@@ -19,7 +19,6 @@ from finetuned_daemon.errors import InvalidRequest, NotFound, Violation, WrongSt
 from finetuned_daemon.events import build
 from finetuned_daemon.events.log import EventLog
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.planning.model_files import ModelUnreadable, base_folder
 from finetuned_daemon.runs.contract import CheckpointDeleted, Notice, TrainingType
 from finetuned_daemon.runs.manifest import MANIFEST, Manifest
 from finetuned_daemon.runs.outputs import Deleted, delete_outputs, read_records
@@ -28,12 +27,6 @@ from finetuned_daemon.store.records import Records
 from finetuned_daemon.task_requests import ResumeChoice, StartOptions
 from finetuned_daemon.tasks import UNDER_WAY, Run, Task, TaskState, now_us
 from finetuned_daemon.texts import Text
-from finetuned_daemon.validation.checkpoint import (
-    ADAPTER_CONFIG,
-    FILES_CHANGED,
-    what_differs,
-    what_lacks,
-)
 from finetuned_daemon.validation.paths import read_json
 
 _CHECKPOINT = re.compile(r"checkpoint-([1-9][0-9]{0,14})")
@@ -85,6 +78,9 @@ def check_resume(chooses: bool, path: str) -> list[Violation]:
 
 def notices_of(violations: Iterable[Violation]) -> list[Notice]:
     """What a log is to keep of the findings at a start: files that are not the checkpoint's."""
+    # Here and below with its first use: a daemon starts sooner without.
+    from finetuned_daemon.validation.checkpoint import FILES_CHANGED
+
     return [
         Notice(field=v.field, reason=v.reason, message=f"{v.field} {v.message.en}.")
         for v in violations
@@ -111,6 +107,8 @@ def list_checkpoints(runs: Iterable[Run], *, verify: bool = False) -> list[Check
 def _of_run(run: Run, *, verify: bool) -> Iterator[Checkpoint]:
     if not run.run_dir or not run.output_dir:
         return
+    from finetuned_daemon.validation.checkpoint import what_differs, what_lacks
+
     # One that was written again, or marked as the best, is recorded once more.
     records = {record.name: record for record in read_records(Path(run.run_dir))}
     for name, record in records.items():
@@ -177,6 +175,8 @@ def choose(
 
     `found` is as `list_checkpoints` gives it. Reads all files: not for the event loop's thread.
     """
+    from finetuned_daemon.validation.checkpoint import what_differs
+
     is_newest = choice is ResumeChoice.NEWEST_CHECKPOINT
     passed = list[Checkpoint]()
     for checkpoint in found if is_newest else _best_first(found):
@@ -385,6 +385,9 @@ def resuming(parameters: Parameters, training_type: TrainingType, path: str) -> 
     Weights that the task attaches at its beginning are in the checkpoint already: it has their
     shape, which need not be the form's, and the base model has to be named.
     """
+    from finetuned_daemon.planning.model_files import ModelUnreadable, base_folder
+    from finetuned_daemon.validation.checkpoint import ADAPTER_CONFIG
+
     data: dict[str, Any] = {"resume_from_checkpoint": path}
     lora = parameters.lora
     attaches = parameters.data.attach_lora and lora.use_lora

@@ -14,8 +14,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 _log = logging.getLogger(__name__)
 
 CPU = "cpu"
@@ -58,6 +56,8 @@ def choose_device(devices: list[Device]) -> str:
 
 
 def _cpu() -> Device:
+    import psutil  # at the first look: a daemon starts sooner without it
+
     memory = psutil.virtual_memory()
     return Device(
         id=CPU,

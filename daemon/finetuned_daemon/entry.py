@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 
 def main() -> int:
     """Runs the daemon's command line; returns the exit status."""
+    # What is imported stays: to look through it again and again is a tenth of the time.
+    gc.disable()
     try:
         from finetuned_daemon.main import main as run
     except ModuleNotFoundError as error:

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from finetuned._paths import Paths
 from finetuned._version import __version__
 from finetuned_daemon.privacy import check_private, make_private
@@ -131,6 +129,8 @@ class Instance:
 
 def _describe(folder: Path, endpoint: Path) -> str:
     """Where the daemon serves that holds a folder; one that only begins has not said it yet."""
+    import psutil
+
     deadline = time.monotonic() + _ANNOUNCE_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

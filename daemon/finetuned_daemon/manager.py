@@ -8,16 +8,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetuned.v1 import event_pb2
 from finetuned_daemon.checkpoints import Checkpoints, notices_of
 from finetuned_daemon.config import Config
-from finetuned_daemon.environment.environment import Environment
 from finetuned_daemon.errors import (
     AlreadyExists,
     InvalidRequest,
@@ -28,10 +27,10 @@ from finetuned_daemon.errors import (
 from finetuned_daemon.events import build
 from finetuned_daemon.events.changes import TaskChanges
 from finetuned_daemon.events.curves import Curves
+from finetuned_daemon.events.digest import Digests
 from finetuned_daemon.events.log import EventLog
 from finetuned_daemon.events.tally import Tally
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.planner import Planner
 from finetuned_daemon.requests import (
     Repeats,
     RequestId,
@@ -48,6 +47,7 @@ from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.runs.outputs import Deleted, delete_outputs
 from finetuned_daemon.runs.quota import Quota
 from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.event_rows import EventRows
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.task_requests import Edit, NewTask
 from finetuned_daemon.tasks import (
@@ -59,12 +59,18 @@ from finetuned_daemon.tasks import (
 from finetuned_daemon.template_manager import TemplateManager
 from finetuned_daemon.templates import Template
 from finetuned_daemon.texts import Text
-from finetuned_daemon.validation.judge import Judge
+
+if TYPE_CHECKING:
+    from finetuned_daemon.environment.environment import Environment
+    from finetuned_daemon.planner import Planner
+    from finetuned_daemon.validation.judge import Judge
 
 _log = logging.getLogger(__name__)
 
 _DISK_FULL_RETRY_SECONDS = 5.0
 _MOST_RUNS = 1_000_000
+_DELETED_AT_ONCE = 1000
+"""Events of a task that is deleted: 5 to 10 ms."""
 
 _EDITABLE = ("display_name", "device", "template", "parameters")
 
@@ -91,11 +97,15 @@ class Manager:
         self._config = config
         self._database = database
         self.records = records
-        self.events = EventLog(database)
+        self.events = EventLog(database, config.heartbeat_seconds)
         self.changes = TaskChanges(records)
         self.tally = Tally()
         self.events.on_append = self._appended
+        self._logs = EventRows(database)
         self.curves = Curves(database)
+        self.digests = Digests(database, self.curves)
+        self.grown: Callable[[int], None] = lambda _: None
+        """Called with how many events were written."""
         self._repeats = repeats
         self._templates = templates
         self._judge = judge
@@ -116,6 +126,7 @@ class Manager:
     def _appended(self, task_key: int, events: Sequence[event_pb2.Event]) -> None:
         self.tally.note(events)
         self.changes.logged(task_key)
+        self.grown(len(events))
 
     def recover(self) -> None:
         """Takes over what the last daemon left."""
@@ -127,6 +138,10 @@ class Manager:
     async def close(self) -> None:
         """Stops watching runs, and leaves them alone."""
         await self.runs.close()
+
+    def written(self) -> int | None:
+        """As the database's: tells whether what was read still holds."""
+        return self._database.written()
 
     def get(self, name: str) -> Task:
         """The task of a resource name.
@@ -317,6 +332,7 @@ class Manager:
                 aside = folders.put_away(self._config.runs_dir / task.task_id)
             except OSError as error:
                 _log.warning("the run folders of %s are left: %s", task.name, error)
+            await self._shorten(task)
             with self._database.transaction(durable=True) as connection:
                 self.records.delete_task(connection, task)
                 self._database.after_commit(lambda: self.events.wake(task.key))
@@ -331,6 +347,16 @@ class Manager:
         return deleted
 
     # --- parts
+
+    async def _shorten(self, task: Task) -> None:
+        """Deletes most of a long log before its task: all of it at once would hold up everybody.
+
+        What is cut short leaves a task that can be deleted again.
+        """
+        is_long = True
+        while is_long:
+            is_long = self._logs.shorten(task.key, _DELETED_AT_ONCE)
+            await asyncio.sleep(0)
 
     def _new_task(self, new: NewTask, training_type: TrainingType, parameters: Parameters) -> Task:
         task_id = new.task_id or new_task_id(training_type)

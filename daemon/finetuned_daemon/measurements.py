@@ -12,7 +12,6 @@ from typing import Any
 from finetuned_daemon.devices import Device, list_devices
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.parameters.needs import effective_optimizer
-from finetuned_daemon.planning.model_files import ModelUnreadable, base_folder
 from finetuned_daemon.runs.contract import ProbeReport, TrainingType
 from finetuned_daemon.tasks import Run, now_us
 
@@ -50,6 +49,8 @@ class Measurement:
 
 def measured_by(run: Run, training_type: TrainingType, report: ProbeReport) -> Measurement | None:
     """What a probe's report is to later estimates; None where it can't be told what of."""
+    from finetuned_daemon.planning.model_files import ModelUnreadable, base_folder
+
     path = Path(run.parameters.data.model_path or "")
     devices = [device for device in list_devices() if device.id == run.device]
     try:

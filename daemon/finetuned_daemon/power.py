@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import os
 import socket
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ _MANAGER = "org.freedesktop.login1.Manager"
 _BUS = "org.freedesktop.DBus"
 _OWNER_CHANGED = "NameOwnerChanged"
 _SIGNALS = ("PrepareForSleep", "PrepareForShutdown")
+_BUS_VARIABLE = "DBUS_SYSTEM_BUS_ADDRESS"
+_BUS_SOCKET = Path("/var/run/dbus/system_bus_socket")
+"""Where it is without that variable. Where it is not, what speaks to it is not imported."""
 _CALL_SECONDS = 5.0
 _AGAIN_SECONDS = 60.0
 _USUAL_DELAY_SECONDS = 5.0
@@ -107,6 +112,8 @@ class _Logind:
     """A connection to the system bus, and logind on it."""
 
     def __init__(self) -> None:
+        if not os.environ.get(_BUS_VARIABLE) and not _BUS_SOCKET.exists():
+            raise ConnectionError("there is no system bus")
         # Neither there nor needed on other systems, and without types.
         self._jeepney: Any = importlib.import_module("jeepney")
         blocking: Any = importlib.import_module("jeepney.io.blocking")

@@ -11,12 +11,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from finetuned_daemon import logs
 from finetuned_daemon.checkpoints import Checkpoints, check_idle, notices_of
 from finetuned_daemon.config import Config
-from finetuned_daemon.environment.environment import Environment
-from finetuned_daemon.environment.model import in_a_sentence
 from finetuned_daemon.errors import (
     DaemonError,
     DiskFull,
@@ -27,23 +26,26 @@ from finetuned_daemon.errors import (
     WrongState,
 )
 from finetuned_daemon.events.log import EventLog
-from finetuned_daemon.explain import Explainer
+from finetuned_daemon.later import later
 from finetuned_daemon.parameters.models import Parameters
-from finetuned_daemon.planner import Planner
 from finetuned_daemon.requests import Repeats, RequestId
 from finetuned_daemon.runs import scheduler
 from finetuned_daemon.runs.contract import Notice, RunPhase, StopWish, TrainingType
 from finetuned_daemon.runs.keeper import Keeper
 from finetuned_daemon.runs.quota import Quota
-from finetuned_daemon.runs.room import needs_of
+from finetuned_daemon.runs.standby import StandbyStatus
 from finetuned_daemon.runs.supervisor import Supervisor
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.task_requests import StartOptions
 from finetuned_daemon.tasks import ACTIVE, UNDER_WAY, PauseReason, Run, Task, TaskState
 from finetuned_daemon.texts import Text
-from finetuned_daemon.validation.checkpoint import check_hashes
-from finetuned_daemon.validation.judge import Judge
+
+if TYPE_CHECKING:
+    from finetuned_daemon.environment.environment import Environment
+    from finetuned_daemon.explain import Explainer
+    from finetuned_daemon.planner import Planner
+    from finetuned_daemon.validation.judge import Judge
 
 _log = logging.getLogger(__name__)
 
@@ -105,8 +107,10 @@ class RunManager:
         self._planner = planner
         self._environment = environment
         self._quota = quota
-        self._keeper = Keeper(database, records, events, Explainer(environment))
-        self._supervisor = Supervisor(config, self._keeper, quota, self._fill_devices)
+        self._keeper = Keeper(database, records, events, later(lambda: _explainer(environment)))
+        self._supervisor = Supervisor(
+            config, self._keeper, quota, self._fill_devices, events.fan_out.is_watched
+        )
         self.deleting: set[int] = set()
         """Keys of the tasks that are being deleted."""
         self._stopping = False
@@ -120,6 +124,7 @@ class RunManager:
 
         Live runs are adopted, ended ones recorded, the queue goes on.
         """
+        self._supervisor.begin()
         for run in self._records.active_runs():
             if run.state is TaskState.RUNNING:
                 self._supervisor.recover(run)
@@ -139,6 +144,11 @@ class RunManager:
         await self._supervisor.close()
 
     # --- read
+
+    @property
+    def standby(self) -> StandbyStatus:
+        """What is to be seen of the standby."""
+        return self._supervisor.standby
 
     def get(self, name: str) -> Task:
         """The task of a resource name.
@@ -420,11 +430,15 @@ class RunManager:
         """Raises where the environment can't run, or a checkpoint is not as it was written."""
         wrong = await self._environment.before_start(parameters, device)
         if wrong:
+            from finetuned_daemon.environment.model import in_a_sentence
+
             raise WrongState(
                 "environment",
                 "ENVIRONMENT_NOT_READY",
                 f"this machine can't train: {in_a_sentence(wrong)}",
             )
+        from finetuned_daemon.validation.checkpoint import check_hashes
+
         violations = await asyncio.to_thread(check_hashes, parameters, training_type)
         if violations:
             raise InvalidRequest(violations)
@@ -509,6 +523,8 @@ class RunManager:
         task = self._records.task_by_key(run.task_key)
         if task is None:  # stopped and deleted while another run was looked at
             return
+        from finetuned_daemon.runs.room import needs_of  # where a run waits for a disk alone
+
         needs = await asyncio.to_thread(needs_of, run, task.training_type, self._config.runs_dir)
         if not all(need.is_met for need in needs):
             return
@@ -557,6 +573,12 @@ class RunManager:
             known.delay = min(2 * known.delay, _LONGEST_LOOK_SECONDS)
         self._waiting[run.key] = known
         return known
+
+
+def _explainer(environment: Environment) -> Explainer:
+    from finetuned_daemon.explain import Explainer
+
+    return Explainer(environment)
 
 
 def _check_etag(task: Task, etag: str) -> None:

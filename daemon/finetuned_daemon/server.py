@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from finetuned.v1 import (
     dataset_service_pb2,
@@ -29,9 +30,9 @@ from finetuned_daemon.app import App
 from finetuned_daemon.config import Config
 from finetuned_daemon.instance import Instance
 from finetuned_daemon.limits import Limits
-from finetuned_daemon.scrape import PATH, ScrapeServer
 from finetuned_daemon.service.handed import Handed
 from finetuned_daemon.service.relay import Relay
+from finetuned_daemon.services import reflection
 from finetuned_daemon.services.access import Access
 from finetuned_daemon.services.dataset_service import DatasetService
 from finetuned_daemon.services.edge import Edge
@@ -45,10 +46,15 @@ from finetuned_daemon.store.opening import open_for_serving
 from finetuned_daemon.tls import Certificates
 from finetuned_daemon.tokens import Tokens
 
+if TYPE_CHECKING:
+    from finetuned_daemon.scrape import ScrapeServer
+
 _log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 2.0
 _FLUSH_SECONDS = 0.1
+_SETTLE_SECONDS = 1.0
+"""After the start, when whoever waited for it has been answered."""
 
 
 def _options(limits: Limits) -> tuple[tuple[str, int], ...]:
@@ -111,6 +117,7 @@ async def serve(config: Config, instance: Instance, handed: Handed) -> None:
     _log.info("serving on %s", ", ".join(addresses))
     handed.tell("READY=1", f"STATUS=serving on {', '.join(addresses)}")
     logs.leave_stderr(config.paths.log)
+    loop.call_later(_SETTLE_SECONDS, _settle)
     async with access.watched():
         await stopping.wait()
     _log.info("stopping; runs go on")
@@ -132,6 +139,13 @@ async def serve(config: Config, instance: Instance, handed: Handed) -> None:
     database.close()
 
 
+def _settle() -> None:
+    """Has the collector look for garbage again, and pass over what the start has made."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
 async def _bind_metrics(
     config: Config, app: App, database: Database, edge: Edge
 ) -> ScrapeServer | None:
@@ -144,6 +158,7 @@ async def _bind_metrics(
         return None
     # An extra, and 40 ms.
     from finetuned_daemon.prometheus import Metrics
+    from finetuned_daemon.scrape import PATH, ScrapeServer
 
     metrics = Metrics(app, database, edge.calls.answered, edge.calls.seconds)
     server = ScrapeServer(metrics.render)
@@ -191,7 +206,7 @@ async def _add_services(
     ]
     for name in ["", *names]:
         await statuses.set(name, health_pb2.HealthCheckResponse.SERVING)
-    shown = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    shown = [*names, health.SERVICE_NAME, reflection.NAME]
     for server in servers:
         task_service_pb2_grpc.add_TaskServiceServicer_to_server(tasks, server)
         template_service_pb2_grpc.add_TemplateServiceServicer_to_server(templates, server)
@@ -199,4 +214,4 @@ async def _add_services(
         dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server(datasets, server)
         system_service_pb2_grpc.add_SystemServiceServicer_to_server(system, server)
         health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
-        reflection.enable_server_reflection(shown, server)
+        reflection.add_reflection(shown, server)

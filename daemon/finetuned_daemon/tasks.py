@@ -165,7 +165,7 @@ ENDS: dict[EndReason, End] = {
 class Standing(BaseModel):
     """What a task shows of its latest run; fields as in `Task`."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     state: TaskState
     end_reason: EndReason | None

@@ -33,9 +33,8 @@ from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.template_rows import TemplateRows
 from finetuned_daemon.tasks import Task, now_us
-from finetuned_daemon.templates import PRESETS, Template, preset_of
+from finetuned_daemon.templates import Template, preset_of, presets
 from finetuned_daemon.texts import Text
-from finetuned_daemon.validation.check import check_fields
 
 _OF_ONE_TASK = ("data.output_dir", "data.resume_from_checkpoint")
 
@@ -69,7 +68,7 @@ class TemplateManager:
             NotFound: There is none.
         """
         template_id = name.removeprefix("templates/") if name.startswith("templates/") else ""
-        for preset in PRESETS:
+        for preset in presets():
             if preset.template_id == template_id:
                 return preset
         template = self._rows.template(template_id)
@@ -77,14 +76,21 @@ class TemplateManager:
             raise NotFound("template", name)
         return template
 
-    def list(self, training_type: TrainingType | None, display_name: str) -> list[Template]:
-        """Presets, then custom templates by display name."""
-        return [
-            template
-            for template in (*PRESETS, *self._rows.all())
-            if training_type in (None, template.training_type)
-            if display_name in ("", template.display_name)
+    def list(
+        self, training_type: TrainingType | None, display_name: str, *, skipped: int, limit: int
+    ) -> list[Template]:
+        """Presets, then custom templates by display name: a page of them."""
+        listed = [
+            preset
+            for preset in presets()
+            if training_type in (None, preset.training_type)
+            if display_name in ("", preset.display_name)
         ]
+        found = listed[skipped : skipped + limit]
+        if len(found) < limit:
+            skipped = max(0, skipped - len(listed))
+            found += self._rows.page(training_type, display_name, skipped, limit - len(found))
+        return found
 
     # --- write
 
@@ -236,7 +242,7 @@ class TemplateManager:
 
     def _check_free(self, template: Template) -> None:
         """Raises AlreadyExists where another template has this id or display name."""
-        ids = [preset for preset in PRESETS if preset.template_id == template.template_id]
+        ids = [preset for preset in presets() if preset.template_id == template.template_id]
         other = self._rows.template(template.template_id)
         if ids or (other is not None and other.key != template.key):
             raise AlreadyExists(
@@ -245,7 +251,7 @@ class TemplateManager:
                 "TEMPLATE_ID_TAKEN",
                 f"there is a template {template.template_id!r} already",
             )
-        names = {preset.display_name.casefold() for preset in PRESETS}
+        names = {preset.display_name.casefold() for preset in presets()}
         other = self._rows.named(template.display_name)
         if template.display_name.casefold() in names or (
             other is not None and other.key != template.key
@@ -284,6 +290,9 @@ def _judged(
     values: Given, training_type: TrainingType
 ) -> tuple[Parameters | None, list[Violation]]:
     """What holds of the fields alone: a template is made for other devices and files too."""
+    # Seldom, and a daemon starts sooner without.
+    from finetuned_daemon.validation.check import check_fields
+
     parameters, violations = check_fields(values, training_type)
     return parameters, [v for v in violations if v.severity is Severity.ERROR]
 

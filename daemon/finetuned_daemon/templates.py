@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import TrainingType
@@ -38,23 +39,28 @@ class Template:
         return f'"{self.key}-{self.revision}"'
 
 
-PRESETS = (
-    Template(
-        template_id="sft",
-        display_name="SFT",
-        training_type=TrainingType.SFT,
-        parameters=Parameters(),
-    ),
-    Template(
-        template_id="pretrain",
-        display_name="Pretrain",
-        training_type=TrainingType.PRETRAIN,
-        parameters=Parameters.model_validate({"lora": {"use_lora": False}}),
-    ),
-)
-"""Always there, never changed; in the order in which they are listed."""
+@cache
+def presets() -> tuple[Template, ...]:
+    """Always there, never changed; in the order in which they are listed.
+
+    Made when they are asked for: a start of the daemon needs none.
+    """
+    return (
+        Template(
+            template_id="sft",
+            display_name="SFT",
+            training_type=TrainingType.SFT,
+            parameters=Parameters(),
+        ),
+        Template(
+            template_id="pretrain",
+            display_name="Pretrain",
+            training_type=TrainingType.PRETRAIN,
+            parameters=Parameters.model_validate({"lora": {"use_lora": False}}),
+        ),
+    )
 
 
 def preset_of(training_type: TrainingType) -> Template:
     """The preset of a training type."""
-    return next(preset for preset in PRESETS if preset.training_type is training_type)
+    return next(preset for preset in presets() if preset.training_type is training_type)

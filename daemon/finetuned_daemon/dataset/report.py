@@ -28,7 +28,7 @@ class BadLinePolicy(StrEnum):
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 # --- requests
@@ -63,7 +63,9 @@ class MeasureRequest(_Record):
 
 
 Request = Annotated[InspectRequest | MeasureRequest, Field(discriminator="kind")]
-REQUEST: TypeAdapter[InspectRequest | MeasureRequest] = TypeAdapter(Request)
+REQUEST: TypeAdapter[InspectRequest | MeasureRequest] = TypeAdapter(
+    Request, config=ConfigDict(defer_build=True)
+)
 
 # --- answers
 
@@ -230,4 +232,6 @@ class Failure(_Record):
 
 
 Answer = Annotated[Progress | Report | Measured | Failure, Field(discriminator="kind")]
-ANSWER: TypeAdapter[Progress | Report | Measured | Failure] = TypeAdapter(Answer)
+ANSWER: TypeAdapter[Progress | Report | Measured | Failure] = TypeAdapter(
+    Answer, config=ConfigDict(defer_build=True)
+)

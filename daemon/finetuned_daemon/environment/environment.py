@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetuned_daemon.config import Config
 from finetuned_daemon.devices import CPU, Device, DeviceType, list_devices
-from finetuned_daemon.environment import items as judging
 from finetuned_daemon.environment.capability import (
     capabilities,
     device_capability,
@@ -36,7 +35,7 @@ PROBE_DEADLINE_SECONDS = 60.0
 class _Key(BaseModel):
     """What an answer holds for: as long as none of it changes, nothing is asked again."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     python: str
     python_stamp: int
@@ -47,7 +46,7 @@ class _Key(BaseModel):
 class _Answer(BaseModel):
     """A probe's answer as it is kept."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     key: _Key
     gpus: tuple[str, ...]
@@ -114,6 +113,9 @@ class Environment:
         Args:
             refresh: Ask the training environment again, whatever is known.
         """
+        # With the first check: a daemon starts sooner without the parser of requirements.
+        from finetuned_daemon.environment import items as judging
+
         devices = await asyncio.to_thread(list_devices)
         has_gpu = any(device.type is DeviceType.CUDA for device in devices)
         path = self._config.runner_python
@@ -168,6 +170,8 @@ class Environment:
         A start does not wait for imports: where the probe's answer is not known, or an error, it
         is asked in the background for the next one.
         """
+        from finetuned_daemon.environment import items as judging
+
         path = self._config.runner_python
         try:
             found = await self._python.ask()
@@ -201,6 +205,8 @@ class Environment:
         return errors([*packages, *on_device, await self._judge_disk()])
 
     async def _judge_disk(self) -> Item:
+        from finetuned_daemon.environment import items as judging
+
         state_dir = self._config.paths.state_dir
         free = (await asyncio.to_thread(shutil.disk_usage, state_dir)).free
         return judging.judge_disk(state_dir, free)

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from finetuned_daemon.environment import inventory
 from finetuned_daemon.environment.capability import BITSANDBYTES
 from finetuned_daemon.environment.process import Unanswered, ask
-from finetuned_daemon.environment.requirements import DISTRIBUTION, requirements
 from finetuned_daemon.parameters.needs import EXTRA_PACKAGES
 from finetuned_daemon.texts import Text
 
@@ -27,7 +26,7 @@ Stamp = tuple[tuple[str, int], ...]
 class Inventory(BaseModel):
     """A Python and what is installed in it."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     python: str
     """Its version."""
@@ -103,6 +102,9 @@ def _source() -> str:
 
 
 def _names() -> list[str]:
+    # With the first question: a daemon starts sooner without the parser of requirements.
+    from finetuned_daemon.environment.requirements import DISTRIBUTION, requirements
+
     extra = [name for package in EXTRA_PACKAGES for name in package.distributions]
     return [DISTRIBUTION, *requirements().names, BITSANDBYTES, *extra]
 

@@ -22,12 +22,9 @@ from finetuned_daemon.errors import DiskFull
 from finetuned_daemon.notify import message
 from finetuned_daemon.notify.causes import cause_of, is_candidate
 from finetuned_daemon.notify.channel import Channel, NotDelivered
-from finetuned_daemon.notify.command import Command
-from finetuned_daemon.notify.desktop import Desktop
 from finetuned_daemon.notify.kinds import NEEDS_ATTENTION
 from finetuned_daemon.notify.message import Notification
 from finetuned_daemon.notify.settings import NotifySettings
-from finetuned_daemon.notify.webhook import Webhook
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.notification_rows import Delivery, DeliveryState, NotificationRows
 from finetuned_daemon.store.records import Records
@@ -242,6 +239,13 @@ class Notifier:
 
 def channels(settings: NotifySettings, paths: Paths, umask: int) -> list[Channel]:
     """Every way that settings give."""
+    if not (settings.command or settings.desktop or settings.webhooks):
+        return []
+    # Most daemons tell nobody, and start sooner without.
+    from finetuned_daemon.notify.command import Command
+    from finetuned_daemon.notify.desktop import Desktop
+    from finetuned_daemon.notify.webhook import Webhook
+
     found = list[Channel]()
     seconds = settings.timeout_seconds
     if settings.command:

@@ -18,14 +18,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from http.client import HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from finetuned._version import __version__
 from finetuned_daemon import logs
 from finetuned_daemon.notify.channel import Channel, NotDelivered
 from finetuned_daemon.notify.message import Notification
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
 
 _SECRET_PREFIX = "whsec_"  # noqa: S105 - no secret
 _SECRET_BYTES = (24, 64)
@@ -147,6 +149,9 @@ class Webhook(Channel):
 
     def send(self, notification: Notification) -> str:
         """Posts it; a status of 200 to 299 is delivered."""
+        # Here and below: settings are read at every start, and most daemons post nothing.
+        from http.client import HTTPException
+
         context = ssl.create_default_context() if self._target.is_https else None
         connection = self._connection(context)
         body = notification.body.encode()
@@ -188,6 +193,8 @@ class Webhook(Channel):
 
     def _connection(self, context: ssl.SSLContext | None) -> HTTPConnection:
         """Not connected yet; of the target's kind, for the header `host`."""
+        from http.client import HTTPConnection, HTTPSConnection
+
         host, port = self._target.host, self._target.any_port
         if context is not None:
             return HTTPSConnection(host, port, context=context)
@@ -268,6 +275,8 @@ class _Attempt:
 
     def words(self, error: Exception) -> str:
         """Why it has failed. None of the words of whoever answers: they may be anything."""
+        from http.client import HTTPException, RemoteDisconnected
+
         # Of Python, not ETIMEDOUT of the system, which comes earlier.
         is_late = isinstance(error, TimeoutError) and error.errno is None
         if is_late or self._is_over or time.monotonic() >= self._deadline:
@@ -333,6 +342,8 @@ def _user(parts: SplitResult) -> str:
 
 def _seconds(retry_after: str) -> float:
     """What a header `retry-after` asks for; 0 where it can't be read."""
+    from email.utils import parsedate_to_datetime
+
     try:
         seconds = float(retry_after)
     except ValueError:

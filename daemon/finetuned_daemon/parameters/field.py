@@ -123,7 +123,10 @@ class Section(BaseModel):
     """A section of the form."""
 
     # Strict: a bool is no int and a string no number; clients that read text convert it themselves.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    # A section is read within all parameters: what it would be on its own is hardly ever built.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
