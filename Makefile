@@ -1,7 +1,7 @@
 # make demo   train a real small model on this machine, and see what it learned
 # make test   everything that the project promises
 # make soak   every fault a hundred times: what is lost, what is wrong, how long an adoption takes; 10,000 hostile requests
-# make bench  how fast the command line answers, and how fast training is, and in how much memory, beside its peers
+# make bench  how fast it starts, trains, answers, rests, grows and fans out, each beside a limit of the same run
 #
 # Both install into .venv first. PYTHON=... chooses the Python (3.11 or newer).
 
@@ -34,11 +34,10 @@ soak: install
 	$(BIN)/python tests/faults/soak.py --rounds $(or $(ROUNDS),100) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only '$(ONLY)') $(ARGS)
 	$(if $(ONLY),,$(BIN)/python tests/hostile/soak.py --examples $(or $(EXAMPLES),10000) $(if $(SEED),--seed $(SEED)))
 
-# The help of the command line beside a Python that does nothing; then training against its peers, in turns, as ratios;
-# LLAMAFACTORY=/path/to/llamafactory-cli adds that one.
+# PARTS="start api" of the parts that tests/bench/README.md describes, ROUNDS=3 of each measurement, JSON=file for all that was measured,
+# QUICK=1 to see that it works; LLAMAFACTORY=/path/to/llamafactory-cli adds that one.
 bench: install
-	$(BIN)/python tests/bench/cli.py
-	$(BIN)/python tests/bench/training.py $(ARGS)
+	@$(BIN)/python tests/bench/bench.py --rounds $(or $(ROUNDS),3) $(if $(PARTS),--parts '$(PARTS)') $(if $(QUICK),--quick) $(if $(JSON),--json '$(JSON)') $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,7 +1,5 @@
 """How long `finetunectl` takes to answer what needs no daemon, beside a bare start of Python.
 
-    python tests/bench/cli.py [ROUNDS]
-
 Each is the fastest of its rounds, in turns with the others, as other work on the machine only adds.
 """
 
@@ -13,13 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-CTL = str(Path(sys.executable).parent / "finetunectl")
-LIMIT_MS = 60.0
-"""For `--help` of every command, on a quiet machine."""
+from table import Options, Part, Row
 
+CTL = str(Path(sys.executable).parent / "finetunectl")
+HELP_MS = 60.0
+"""For the help of every command, on a quiet machine."""
+
+BARE = "python -c pass"
 COMMANDS = {
-    "python -c pass": [sys.executable, "-c", "pass"],
-    "python -S -c pass": [sys.executable, "-S", "-c", "pass"],
+    BARE: [sys.executable, "-c", "pass"],
     "finetunectl --help": [CTL, "--help"],
     "finetunectl task --help": [CTL, "task", "--help"],
     "finetunectl train --help": [CTL, "train", "--help"],
@@ -27,18 +27,26 @@ COMMANDS = {
     "finetunectl --version": [CTL, "--version"],
     "completion of a command": [CTL, "_complete", "bash", "finetunectl task sh", "=:", "9"],
     "completion of a task, no daemon": [
-        CTL,
-        "_complete",
-        "bash",
-        "finetunectl task show a",
-        "",
-        "9",
+        *(CTL, "_complete", "bash", "finetunectl task show a", "", "9"),
     ],
     "finetunectl task list, no daemon": [CTL, "task", "list"],
 }
 
 
-def measure(rounds: int) -> dict[str, float]:
+def run(options: Options) -> Part:
+    """Measures all commands in turns."""
+    fastest = _measure(2 if options.quick else 4 * options.rounds)
+    part = Part("cli", "what the command line takes for what needs no daemon, to 60 ms for help")
+    bare = fastest.pop(BARE)
+    part.rows.append(Row(BARE, bare, "ms"))
+    for name, milliseconds in fastest.items():
+        part.rows.append(Row(name, milliseconds, "ms", bare, BARE))
+    slowest = max((name for name in fastest if "help" in name), key=lambda name: fastest[name])
+    part.rows.append(Row(f"slowest help: {slowest}", fastest[slowest], "ms", HELP_MS, "60 ms", 1.0))
+    return part
+
+
+def _measure(rounds: int) -> dict[str, float]:
     """Milliseconds of the fastest round of each."""
     environment = {**os.environ, "FINETUNED_RUNTIME_DIR": "/nonexistent", "COLUMNS": "100"}
     environment.pop("FINETUNED_ADDRESS", None)
@@ -49,18 +57,3 @@ def measure(rounds: int) -> dict[str, float]:
             subprocess.run(command, env=environment, capture_output=True)
             fastest[name] = min(fastest[name], (time.perf_counter() - began) * 1000)
     return fastest
-
-
-def main() -> None:
-    """Measure, and print a table."""
-    fastest = measure(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
-    bare = fastest["python -c pass"]
-    print(f"{'':<34}{'ms':>8}{'of python -c pass':>20}")
-    for name, milliseconds in fastest.items():
-        print(f"{name:<34}{milliseconds:8.1f}{milliseconds / bare:20.1f}")
-    slow = [name for name in fastest if "help" in name and fastest[name] > LIMIT_MS]
-    print(f"--help within {LIMIT_MS:g} ms: {'no: ' + ', '.join(slow) if slow else 'yes'}")
-
-
-if __name__ == "__main__":
-    main()

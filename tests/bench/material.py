@@ -72,9 +72,11 @@ def _of_file(file: Path) -> Iterator[dict[str, Any]]:
 def make_model(folder: Path, chats: Path) -> None:
     """Makes a Qwen3 of 7 million weights, with a tokenizer trained on the chats."""
     import torch
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+    transformers.utils.logging.disable_progress_bar()
     messages = [m for line in chats.read_text().splitlines() for m in json.loads(line)["messages"]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -32,50 +32,52 @@ class Settings:
     seed: int = 42
 
 
+def sections(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The settings as our parameters."""
+    return {
+        "data": {
+            "model_path": settings.model,
+            "train_file": settings.data,
+            "output_dir": settings.output,
+            "reshuffle": True,
+            "dataloader_num_workers": 0,
+        },
+        "training": {
+            "batch_size": settings.batch_size,
+            "gradient_accumulation_steps": settings.accumulation,
+            "max_seq_length": settings.max_length,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": settings.warmup_steps,
+            "max_steps": settings.steps,
+            "weight_decay": 0.0,
+            "save_strategy": "no",
+        },
+        "lora": {
+            "lora_r": settings.rank,
+            "lora_alpha": settings.rank,
+            "lora_dropout": 0.0,
+            "lora_target_modules": MODULES,
+        },
+        "optimization": {"fp16": False, "gradient_checkpointing": settings.checkpointing},
+        "logging": {"logging_steps": 1},
+        "general": {"seed": settings.seed},
+    }
+
+
 def ours(settings: Settings, run_dir: Path) -> list[str]:
     """Our runner, as the daemon starts it."""
     from finetuned_daemon.parameters.models import Parameters
     from finetuned_daemon.runs.contract import SPEC, Spec, TrainingType, write_record
 
     run_dir.mkdir(parents=True)
-    parameters = Parameters.model_validate(
-        {
-            "data": {
-                "model_path": settings.model,
-                "train_file": settings.data,
-                "output_dir": settings.output,
-                "reshuffle": True,
-                "dataloader_num_workers": 0,
-            },
-            "training": {
-                "batch_size": settings.batch_size,
-                "gradient_accumulation_steps": settings.accumulation,
-                "max_seq_length": settings.max_length,
-                "learning_rate": settings.learning_rate,
-                "lr_scheduler_type": "linear",
-                "warmup_steps": settings.warmup_steps,
-                "max_steps": settings.steps,
-                "weight_decay": 0.0,
-                "save_strategy": "no",
-            },
-            "lora": {
-                "lora_r": settings.rank,
-                "lora_alpha": settings.rank,
-                "lora_dropout": 0.0,
-                "lora_target_modules": MODULES,
-            },
-            "optimization": {"fp16": False, "gradient_checkpointing": settings.checkpointing},
-            "logging": {"logging_steps": 1},
-            "general": {"seed": settings.seed},
-        }
-    )
     spec = Spec(
         task="tasks/bench",
         run=1,
         training_type=TrainingType.SFT,
         device="cpu",
         output_dir=settings.output,
-        parameters=parameters,
+        parameters=Parameters.model_validate(sections(settings)),
     )
     write_record(run_dir / SPEC, spec)
     return [sys.executable, "-m", "finetuned_runner", str(run_dir)]

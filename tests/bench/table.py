@@ -35,6 +35,8 @@ class Row:
     """The ratio of figure to limit that is promised; None: none is."""
     is_cost: bool = True
     """Whether the ratio may be the bar at most; else at least."""
+    detail: str = ""
+    """What else was seen, such as latencies beside a rate."""
 
     @property
     def ratio(self) -> float | None:

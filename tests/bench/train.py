@@ -1,12 +1,12 @@
-"""`make bench`: training against its peers, in turns, in one run; ratios, and losses compared.
+"""How fast training is, and in how much memory, beside its peers: in turns, and losses compared.
 
 Peers that are not installed are left out. LLAMAFACTORY=/path/to/llamafactory-cli names that one;
-it wants other versions than ours, and so an environment of its own.
+it wants other versions than ours, and so an environment of its own. CHECKPOINTING=1 measures all
+with gradient checkpointing.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -15,18 +15,24 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import material
 import peers
 from peers import Settings
+from table import Options, Part, Row
+
+OURS, PLAIN = "finetuned", "transformers Trainer"
+RATES = {PLAIN: 1.0, "LLaMA-Factory": 1.25, "trl sft": 1.8}
+"""Tokens a second: ours to theirs, at least."""
+MEMORY = 0.95
+"""Peak memory: ours to the plain Trainer's, at most."""
+LOSS = 1e-4
+"""How far a loss may be from the plain Trainer's."""
 
 _LOSS = re.compile(r"['\"]loss['\"]:\s*['\"]?([-+.\deE]+)")
 _SKIPPED = 3
@@ -56,48 +62,91 @@ class Measured:
 Command = Callable[[Settings, Path], list[str]]
 
 
-def main() -> int:
-    """Measures, prints a table, and says whether the bars are met."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--only", help="names of systems, separated by commas")
-    arguments = parser.parse_args()
-    systems = _systems(arguments.only)
+class _Failed(Exception):
+    """A system did not train; says how it ended."""
+
+
+def run(options: Options) -> Part:
+    """Trains with each system in turns.
+
+    Raises:
+        _Failed: Ours or the plain Trainer, which all is held against, did not train.
+    """
+    steps, chats = (6, 300) if options.quick else (16, 2000)
+    data, model = options.folder / "chats.jsonl", options.folder / "model"
+    material.write_chats(data, chats)
+    material.make_model(model, data)
+    checkpointing = bool(os.environ.get("CHECKPOINTING"))
+    settings = Settings(str(model), str(data), "", steps, checkpointing=checkpointing)
+    part = Part("train", f"LoRA of a small model, {steps} steps, beside programs that do the same")
+    if checkpointing:
+        part.notes.append("with gradient checkpointing")
+    systems = _systems(part, quick=options.quick)
     found: dict[str, list[Measured]] = {name: [] for name in systems}
-    with tempfile.TemporaryDirectory(prefix="finetuned-bench-") as name:
-        root = Path(name)
-        chats, model = root / "chats.jsonl", root / "model"
-        material.write_chats(chats, 2000)
-        material.make_model(model, chats)
-        settings = Settings(
-            str(model), str(chats), "", arguments.steps, checkpointing=arguments.checkpointing
-        )
-        tokens = _tokens(settings)
-        for number in range(arguments.rounds):
-            for system, command in systems.items():
-                folder = root / f"{system.replace(' ', '-')}-{number}"
-                here = replace(settings, output=str(folder / "out"))
+    for number in range(1 if options.quick else options.rounds):
+        for system, command in list(systems.items()):
+            folder = options.folder / f"{system.replace(' ', '-')}-{number}"
+            here = replace(settings, output=str(folder / "out"))
+            try:
                 found[system].append(_measure(command(here, folder / "run"), folder))
-                print(
-                    f"round {number + 1}: {system} {found[system][-1].rate:.2f} steps/s", flush=True
-                )
-                shutil.rmtree(folder)
-    return _tell(found, tokens, arguments)
+            except _Failed as error:
+                if system in (OURS, PLAIN):
+                    raise
+                part.notes.append(f"{system} did not train: {error}")
+                del systems[system], found[system]
+                continue
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            rate = found[system][-1].rate
+            print(f"  round {number + 1}: {system} {rate:.2f} steps/s", flush=True)
+    part.rows += _rows(found, _tokens(settings))
+    return part
 
 
-def _systems(only: str | None) -> dict[str, Command]:
-    systems: dict[str, Command] = {"finetuned": peers.ours, "transformers Trainer": peers.plain}
+def _systems(part: Part, *, quick: bool) -> dict[str, Command]:
+    systems: dict[str, Command] = {OURS: peers.ours, PLAIN: peers.plain}
+    if quick:
+        part.notes.append("a quick run leaves out trl and LLaMA-Factory")
+        return systems
     if (Path(sys.executable).parent / "trl").exists():
         systems["trl sft"] = peers.trl
+    else:
+        part.notes.append("trl is not installed")
     program = os.environ.get("LLAMAFACTORY") or shutil.which("llamafactory-cli")
     if program:
         systems["LLaMA-Factory"] = lambda settings, folder: peers.llama_factory(
             settings, folder, program
         )
-    chosen = only.split(",") if only else list(systems)
-    return {name: command for name, command in systems.items() if name in chosen}
+    else:
+        part.notes.append("LLaMA-Factory is not installed: LLAMAFACTORY=/path/to/llamafactory-cli")
+    return systems
+
+
+def _rows(found: dict[str, list[Measured]], tokens: float) -> list[Row]:
+    def middle(system: str, value: Callable[[Measured], float]) -> float:
+        return statistics.median(map(value, found[system]))
+
+    rows = list[Row]()
+    theirs = [system for system in found if system != OURS]
+    ours = middle(OURS, lambda m: m.rate) * tokens
+    for system in theirs:
+        rate = middle(system, lambda m: m.rate) * tokens
+        bar = RATES[system]
+        rows.append(Row("tokens/s", ours, "tokens/s", rate, system, bar, is_cost=False))
+    peak = middle(OURS, lambda m: m.peak / 1e6)
+    for system in theirs:
+        limit = middle(system, lambda m: m.peak / 1e6)
+        bar = MEMORY if system == PLAIN else None
+        rows.append(Row("peak memory", peak, "MB", limit, system, bar))
+    first = middle(OURS, lambda m: m.first)
+    for system in theirs:
+        limit = middle(system, lambda m: m.first)
+        rows.append(Row("first step, as the rates are measured", first, "s", limit, system))
+    pairs = zip(found[OURS][0].losses, found[PLAIN][0].losses, strict=True)
+    difference = max(abs(one - other) for one, other in pairs)
+    what = "largest difference of a loss"
+    rows.append(Row(what, difference, "", LOSS, f"{LOSS:g} from {PLAIN}", 1.0))
+    return rows
 
 
 def _tokens(settings: Settings) -> float:
@@ -150,7 +199,9 @@ def _measure(command: list[str], folder: Path) -> Measured:
         process.wait()
         follower.join()
     if process.returncode or len(measured.times) <= _SKIPPED + 1:
-        sys.exit(f"{command[:3]} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        print(log.read_text()[-3000:], file=sys.stderr)
+        said = f"{Path(command[0]).name} ended with {process.returncode}"
+        raise _Failed(f"{said} after {len(measured.times)} steps")
     return measured
 
 
@@ -177,41 +228,3 @@ def _follow(process: subprocess.Popen[str], events: Path, began: float, measured
                 if event["kind"] == "metrics":
                     measured.times.append(time.monotonic() - began)
                     measured.losses.append(event["payload"]["values"]["loss"])
-
-
-def _tell(found: dict[str, list[Measured]], tokens: float, arguments: argparse.Namespace) -> int:
-    def middle(system: str, value: Callable[[Measured], float]) -> float:
-        return statistics.median(map(value, found[system]))
-
-    print(f"\n{arguments.steps} steps, {arguments.rounds} rounds in turns, medians")
-    print(f"{'':22}{'tokens/s':>10}{'ours':>8}{'peak MB':>9}{'ours':>8}{'first s':>9}{'loss':>9}")
-    for system in found:
-        rate, peak = middle(system, lambda m: m.rate), middle(system, lambda m: m.peak)
-        print(
-            f"{system:22}{rate * tokens:10.0f}"
-            f"{middle('finetuned', lambda m: m.rate) / rate:8.2f}{peak / 1e6:9.0f}"
-            f"{middle('finetuned', lambda m: m.peak) / peak:8.2f}"
-            f"{middle(system, lambda m: m.first):9.1f}{found[system][0].losses[-1]:9.4f}"
-        )
-    missed = []
-    for system, bar in (("LLaMA-Factory", 1.25), ("trl sft", 1.8)):
-        if system in found:
-            ratio = middle("finetuned", lambda m: m.rate) / middle(system, lambda m: m.rate)
-            if ratio < bar:
-                missed.append(f"{ratio:.2f} of the tokens/s of {system}, not {bar}")
-    if "transformers Trainer" in found:
-        plain = found["transformers Trainer"]
-        ratio = middle("finetuned", lambda m: m.peak) / statistics.median(m.peak for m in plain)
-        if ratio > 0.95:
-            missed.append(f"{ratio:.2f} of the memory of the plain Trainer, not 0.95")
-        pairs = zip(found["finetuned"][0].losses, plain[0].losses, strict=True)
-        difference = max(abs(one - other) for one, other in pairs)
-        print(f"largest difference of a loss from the plain Trainer's: {difference:.1e}")
-        if difference > 1e-4:
-            missed.append(f"losses differ by {difference:.1e}, not by 1e-4 at most")
-    print("\n".join(f"missed: {line}" for line in missed) or "all bars are met")
-    return 1 if missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
