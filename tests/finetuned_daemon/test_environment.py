@@ -318,7 +318,7 @@ async def test_a_probe_without_an_answer_is_an_error_that_says_why_and_is_asked_
     lab: Lab, answer: dict[str, Any], en: str, zh: str
 ) -> None:
     lab.answers(**answer)
-    environment = lab.environment(seconds=1.0)
+    environment = lab.environment(seconds=1.0 if "hang" in answer else 60.0)
     report = await environment.check()
     assert wrong(report) == {"probe": "PROBE_FAILED"}
     probe = by_name(report)["probe"]

@@ -34,7 +34,7 @@ async def test_a_fault_of_ours_does_not_leave_a_run_running_for_ever(
 ) -> None:
     monkeypatch.setattr(supervisor, "_FAULT_RETRY_SECONDS", 0.0)
     nobody: Any = None
-    faulty = Faulty(Config(paths=paths(tmp_path, tmp_path)), nobody, nobody, lambda: None)
+    faulty = Faulty(Config(paths=paths(tmp_path, tmp_path)), nobody, nobody, lambda: None, nobody)
     identity = ProcessIdentity.of(os.getpid())
     assert identity is not None
     live = supervisor._Live(
