@@ -234,7 +234,10 @@ def test_watchers_go_on_in_the_new_log_and_are_told(
         scene.let_pass(2)
         seen += list(watch)
     replaced = next(n for n, item in enumerate(seen) if isinstance(item, LogReplaced))
-    assert seen[replaced] == LogReplaced(after_seq=last.seq)
+    before = [item.seq for item in seen[:replaced] if isinstance(item, Event)]
+    assert before == list(range(1, before[-1] + 1))
+    assert before[-1] >= last.seq, "what came in one message with it is told as well"
+    assert seen[replaced] == LogReplaced(after_seq=before[-1])
     assert isinstance(seen[replaced + 1], Snapshot)
     after = [item for item in seen[replaced:] if isinstance(item, Event)]
     assert after == daemon.events(task.name), "all of the new log, each event once"
@@ -390,6 +393,7 @@ def story(daemon: Daemon, scene: Scene) -> dict[str, task_pb2.Task]:
     with daemon.watch(live.name) as watch:
         scene.let_pass(2)
         watch.until_step(2)
+        watch.until(lambda event: event.HasField("checkpoint_saved"))
     return {"completed": completed, "failed": failed, "again": again, "live": live}
 
 
