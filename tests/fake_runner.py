@@ -18,6 +18,7 @@ Keeps the contract of the run folder, in milliseconds.
     garble      write lines that are no events before the first step
     console     print this line
     log         log this line at the end
+    lines       log so many lines with each step, each of so many characters: [lines, characters]
     child       start a process that never ends, its pid in the file `child` of the run folder;
                 "group": in a process group of its own
     report      fields of the report of a probe, which leaves a file in its output folder
@@ -209,6 +210,9 @@ class FakeRunner:
         )
         self.emit(Metrics(step=self.step, epoch=done.epoch, values={"loss": 1 / self.step}))
         self.emit(done)
+        lines, characters = self.scenario.get("lines", (0, 0))
+        for _ in range(lines):
+            self.emit(LogLine(level="info", logger="fake", text="x" * characters))
         status = self.scenario.get("exit")
         if status and status[0] == self.step:
             os._exit(status[1])

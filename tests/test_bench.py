@@ -42,6 +42,7 @@ def bench(
     work.mkdir()
     command = [sys.executable, str(BENCH / "bench.py"), "--parts", " ".join(parts), "--quick"]
     command += ["--rounds", "2", "--json", str(file), "--folder", str(work), *more]
+    command += ["--trial", " ".join(parts)]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert not any(work.iterdir()), "its folders are gone"
@@ -107,12 +108,46 @@ def test_a_missed_bar_decides_the_exit_status_unless_the_run_is_quick(
     assert harness.main(["--parts", "cli", "--quick"]) == 0
 
 
-def test_a_part_that_there_is_not_is_refused() -> None:
-    """The names of those that there are stand in the message."""
-    command = [sys.executable, str(BENCH / "bench.py"), "--parts", "nothing_like_it"]
+@pytest.mark.parametrize("name", ["nothing_like_it", "json", "streams", "a.b"])
+def test_a_part_that_there_is_not_is_refused(name: str) -> None:
+    """The names of those that there are stand in the message; another module is no part."""
+    command = [sys.executable, str(BENCH / "bench.py"), "--parts", name]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "start train api idle growth fanout" in done.stderr
+    assert f"no such part: {name}; there are cli start train api idle growth" in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    """Twenty minutes later would be too late."""
+    command = [sys.executable, str(BENCH / "bench.py"), "--json", str(tmp_path / "none/found")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "can't be written: No such file or directory" in done.stderr
+    assert not done.stdout
+
+
+def test_a_file_that_can_no_longer_be_written_stops_no_part(tmp_path: Path) -> None:
+    """The table is printed to its end, and the exit status tells it."""
+    (tmp_path / "results").mkdir()
+    gone = (
+        "import shutil\ndef run(options):\n"
+        f"    shutil.rmtree({str(tmp_path / 'results')!r})\n    raise ValueError('gone')\n"
+    )
+    parts = {"gone": gone, "good": FAKE.format(name="good", bar=0.75)}
+    for name, text in parts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, str(BENCH / "bench.py"), "--quick", "--rounds", "2"]
+    command += ["--parts", "gone good", "--trial", "gone good", "--folder", str(tmp_path / "work")]
+    command += ["--json", str(tmp_path / "results/found.json")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("found.json can't be written") == 2
+    assert "a cost that holds" in done.stdout
+    assert "FAILED: gone" in done.stdout
 
 
 def test_each_part_that_is_promised_is_there_and_described() -> None:

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from finetuned import _fork, _silence
 from finetuned._caller import Caller
-from finetuned._errors import DeadlineExceeded, FinetunedError
+from finetuned._errors import DeadlineExceeded, FinetunedError, OutOfRange
 from finetuned._silence import Silence
 from finetuned._status import from_rpc_error
 
@@ -87,7 +87,12 @@ class Streams(Caller):
             try:
                 for response in silence.messages():
                     self._session.was_reached = True
-                    yield from place.accept(response)
+                    try:
+                        items = place.accept(response)
+                    except OutOfRange as error:  # the place is to say if it can begin anew
+                        failure = error
+                        break
+                    yield from items
                     if place.is_done:
                         return
             except grpc.RpcError as error:
@@ -136,7 +141,12 @@ class AsyncStreams:
                     if not isinstance(response, Message):
                         break  # grpc.aio.EOF, which grpc-stubs do not know
                     self._session.was_reached = True
-                    for item in place.accept(response):
+                    try:
+                        items = place.accept(response)
+                    except OutOfRange as error:
+                        failure = error
+                        break
+                    for item in items:
                         yield item
                     if place.is_done:
                         return

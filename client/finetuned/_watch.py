@@ -22,7 +22,7 @@ ENDED = frozenset(
 )
 """The states in which no run is going on or waiting."""
 
-_REPLACED = frozenset({"LOG_EPOCH_CHANGED", "SEQ_BEYOND_LAST"})
+_REPLACED = frozenset({"LOG_EPOCH_CHANGED", "LOG_REPLACED", "SEQ_BEYOND_LAST"})
 """Reasons why a place that was good is none any more."""
 
 
@@ -38,8 +38,9 @@ class ConnectionLost:
 
 @dataclass(frozen=True)
 class LogReplaced:
-    """The daemon has another log now, after a restore or a loss of power; the watch goes on in it.
+    """There is another log now, and the watch goes on in it.
 
+    After a restore or a loss of power, or where the task was deleted and made again under its id.
     A `Snapshot` comes next, and then the events of the new log from its first on: what was made of
     those before is to be thrown away.
     """
@@ -73,6 +74,7 @@ class Cursor:
         self._name = name
         self._seq = after_seq
         self._log_epoch = log_epoch
+        self._created = b""
         self._until_end = until_end
         self._outage = Outage(reconnect_timeout)
         self._end_seq: int | None = None
@@ -116,7 +118,7 @@ class Cursor:
         """
         if isinstance(error, OutOfRange) and error.reason in _REPLACED and self._was_followed:
             replaced = LogReplaced(self._seq)
-            self._seq, self._log_epoch = 0, ""
+            self._seq, self._log_epoch, self._created = 0, "", b""
             return replaced
         told = self._outage.take(error)
         return ConnectionLost(told, self._seq) if told is not None else None
@@ -132,7 +134,13 @@ class Cursor:
                 f"the event log of {self._name} was restored; watch again from 0",
                 reason="LOG_REPLACED",
             )
-        self._log_epoch = snapshot.log_epoch
+        created = task.create_time.SerializeToString()  # one id may be given to two tasks in turn
+        if self._created not in (b"", created):
+            raise OutOfRange(
+                f"{self._name} was deleted and made again; watch again from 0",
+                reason="LOG_REPLACED",
+            )
+        self._log_epoch, self._created = snapshot.log_epoch, created
         self._was_followed = True
         # Up to here it is history: ends of earlier runs among it end no watch.
         self._history_seq = task.last_seq

@@ -62,6 +62,7 @@ class App:
             self.limits["database_bytes"],
         )
         self.manager.grown = self.retention.compaction.grown
+        self.manager.freed = self.retention.compaction.freed
         self.power = Power(self.manager.runs.save_now)
         self.notifier = Notifier(
             config.notify,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -80,6 +81,11 @@ class Config:
     """The least that is shown on stderr; `debug` shows in the log file too."""
     limits: Mapping[str, int] = field(default_factory=dict[str, int])
     """Bounds in place of the defaults of `limits.py`, by name."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a setting is none."""
+        if not (math.isfinite(self.standby_idle_minutes) and self.standby_idle_minutes >= 0):
+            raise ValueError("standby_idle_minutes must be finite, and 0 or more")
 
     @property
     def database(self) -> Path:

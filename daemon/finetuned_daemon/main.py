@@ -33,6 +33,7 @@ EXIT_UNUSABLE = 1
 EXIT_ALREADY_SERVING = 3
 
 _SERVE = "serve"
+_MOST_MINUTES = 365 * 24 * 60
 
 _log = logging.getLogger("finetuned_daemon")
 
@@ -162,7 +163,7 @@ def _parser(*, serves: bool = False) -> tuple[argparse.ArgumentParser, argparse.
     )
     command.add_argument(
         "--standby-idle-minutes",
-        type=float,
+        type=_minutes,
         default=default.standby_idle_minutes,
         metavar="MINUTES",
         help="time that a process which has imported everything is kept after a run, for the next "
@@ -324,6 +325,18 @@ def _config(
         },
         runner_umask=umask,
     )
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes <= _MOST_MINUTES:
+        raise argparse.ArgumentTypeError(
+            f"must be minutes from 0 to {_MOST_MINUTES} (a year), not {text!r}"
+        )
+    return minutes
 
 
 def _at_least_one(text: str) -> int:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetuned.v1 import event_pb2
 from finetuned_daemon.checkpoints import Checkpoints, notices_of
 from finetuned_daemon.config import Config
 from finetuned_daemon.errors import (
     AlreadyExists,
+    DiskFull,
     InvalidRequest,
     NotFound,
     Violation,
@@ -72,6 +73,8 @@ _MOST_RUNS = 1_000_000
 _DELETED_AT_ONCE = 1000
 """Events of a task that is deleted: 5 to 10 ms."""
 
+_Result = TypeVar("_Result")
+
 _EDITABLE = ("display_name", "device", "template", "parameters")
 
 
@@ -106,6 +109,9 @@ class Manager:
         self.digests = Digests(database, self.curves)
         self.grown: Callable[[int], None] = lambda _: None
         """Called with how many events were written."""
+        self.freed: Callable[[], None] = lambda: None
+        """Called once a long log was deleted."""
+        self._deletions = set[asyncio.Task[Any]]()
         self._repeats = repeats
         self._templates = templates
         self._judge = judge
@@ -133,10 +139,17 @@ class Manager:
         folders.recover(
             self._config.runs_dir, lambda task_id: self.records.task(task_id) is not None
         )
+        for key in self._logs.deletions():
+            task = self.records.task_by_key(key)
+            if task is not None:
+                self._finish_later(task, self._put_away(task))
         self.runs.recover()
 
     async def close(self) -> None:
         """Stops watching runs, and leaves them alone."""
+        for work in self._deletions:
+            work.cancel()
+        await asyncio.gather(*self._deletions, return_exceptions=True)
         await self.runs.close()
 
     def written(self) -> int | None:
@@ -302,7 +315,8 @@ class Manager:
     ) -> Deleted:
         """Deletes a task with its runs, events and run folders.
 
-        With `with_outputs`, also what its runs recorded writing into their output folders.
+        With `with_outputs`, also what its runs recorded writing into their output folders. What has
+        begun goes on though the caller gives up, and after the next start where the log is long.
 
         Raises:
             NotFound: There is none.
@@ -324,39 +338,88 @@ class Manager:
         if with_outputs:
             self.checkpoints.check_unused(task, [output for _, output in runs])
         self.runs.deleting.add(task.key)
-        aside = None
+        return await asyncio.shield(self._deletion(self._delete(task, runs, with_outputs)))
+
+    # --- parts
+
+    async def _delete(
+        self, task: Task, runs: list[tuple[Path, Path]], with_outputs: bool
+    ) -> Deleted:
+        aside, is_begun = None, False
         try:
             # Outputs first: a crash in between leaves a task that can be deleted again.
             deleted = await asyncio.to_thread(delete_outputs, runs, only_look=not with_outputs)
-            try:
-                aside = folders.put_away(self._config.runs_dir / task.task_id)
-            except OSError as error:
-                _log.warning("the run folders of %s are left: %s", task.name, error)
-            await self._shorten(task)
-            with self._database.transaction(durable=True) as connection:
-                self.records.delete_task(connection, task)
-                self._database.after_commit(lambda: self.events.wake(task.key))
-        except BaseException:
-            if aside is not None:
+            aside = self._put_away(task)
+            first_seq = self._logs.first_seq(task.key)
+            if task.last_seq - first_seq >= _DELETED_AT_ONCE:
+                with self._database.transaction(durable=True) as connection:
+                    self._logs.begin_deletion(connection, task.key)
+                is_begun = True
+            await self._delete_rows(task)
+        except BaseException as error:
+            if aside is not None and not is_begun:
                 folders.put_back(aside)
+            if not is_begun:
+                self.runs.deleting.discard(task.key)
+            elif isinstance(error, DiskFull):
+                self._finish_later(task, aside)
             raise
-        finally:
-            self.runs.deleting.discard(task.key)
         if aside is not None:
             folders.remove(aside)
         return deleted
 
-    # --- parts
-
-    async def _shorten(self, task: Task) -> None:
+    async def _delete_rows(self, task: Task) -> None:
         """Deletes most of a long log before its task: all of it at once would hold up everybody.
 
-        What is cut short leaves a task that can be deleted again.
+        A task of which some is gone is noted in the database, and never used again.
         """
-        is_long = True
-        while is_long:
-            is_long = self._logs.shorten(task.key, _DELETED_AT_ONCE)
+        was_long = False
+        while self._logs.shorten(task.key, _DELETED_AT_ONCE):
+            was_long = True
             await asyncio.sleep(0)
+        with self._database.transaction(durable=True) as connection:
+            self._logs.end_deletion(connection, task.key)
+            self.records.delete_task(connection, task)
+            self._database.after_commit(lambda: self.events.wake(task.key))
+        self.runs.deleting.discard(task.key)
+        if was_long:
+            self.freed()
+
+    def _put_away(self, task: Task) -> Path | None:
+        try:
+            return folders.put_away(self._config.runs_dir / task.task_id)
+        except OSError as error:
+            _log.warning("the run folders of %s are left: %s", task.name, error)
+            return None
+
+    def _finish_later(self, task: Task, aside: Path | None) -> None:
+        """Deletes what is left of a task that was being deleted, and its run folders."""
+        self.runs.deleting.add(task.key)
+        self._deletion(self._finish(task, aside))
+
+    async def _finish(self, task: Task, aside: Path | None) -> None:
+        try:
+            is_there = True
+            while is_there:
+                try:
+                    await self._delete_rows(task)
+                    is_there = False
+                except DiskFull as error:
+                    _log.warning("%s is not deleted yet: %s", task.name, error)
+                    await asyncio.sleep(_DISK_FULL_RETRY_SECONDS)
+        except Exception:  # noqa: BLE001 - nobody else would hear of it
+            _log.exception("%s can't be deleted before the next start", task.name)
+            return
+        _log.info("%s is deleted, as was begun before", task.name)
+        if aside is not None:
+            folders.remove(aside)
+
+    def _deletion(self, work: Coroutine[None, None, _Result]) -> asyncio.Task[_Result]:
+        """Does it, whatever becomes of the call that asks for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._deletions.add(task)
+        task.add_done_callback(self._deletions.discard)
+        return task
 
     def _new_task(self, new: NewTask, training_type: TrainingType, parameters: Parameters) -> Task:
         task_id = new.task_id or new_task_id(training_type)

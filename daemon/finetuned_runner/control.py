@@ -46,11 +46,22 @@ def mask_signals() -> None:
     To be called before any thread starts. SIGHUP and SIGINT are for the terminal that the daemon
     was started from. SIGTERM is blocked and fetched by the watching thread: a Python handler would
     wait for the main thread, which may be minutes inside native code. Data loader workers inherit
-    the mask, so that a SIGTERM to the process group leaves them to their parent.
+    the mask, so that a SIGTERM to the process group leaves them to their parent. Where a library
+    opens a thread's mask all the same (`multiprocessing` does, when it starts its tracker), the
+    handler keeps the signal from ending the process, and the watching thread hears of it.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _catch)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+_caught: list[int] = []
+"""Signals that came through where a mask was open."""
+
+
+def _catch(number: int, _: object) -> None:
+    _caught.append(number)
 
 
 Cause = Literal["stop", "signal", "disk"]
@@ -129,6 +140,9 @@ class Watch:
                 # returns rubbish that passes for a signal.
                 if signal.SIGTERM in signal.sigpending():
                     signal.sigwait({signal.SIGTERM})
+                    self._take(StopWish.SAVE, "signal")
+                while _caught:
+                    _caught.pop()
                     self._take(StopWish.SAVE, "signal")
                 self._look_for_room()
                 self._look_for_slow_step()

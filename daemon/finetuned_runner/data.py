@@ -22,6 +22,11 @@ class Prepared:
     train: Preparation
     evaluation: Preparation | None
 
+    def ended_by(self, error: BaseException) -> bool:
+        """Whether it is the data that ends the run, and nothing in the training."""
+        evaluation = self.evaluation.failure if self.evaluation is not None else None
+        return error in (self.train.failure, evaluation)
+
     def close(self) -> None:
         """The run is over."""
         self.train.close()

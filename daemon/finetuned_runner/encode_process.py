@@ -13,11 +13,14 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, cast
 
 from finetuned_daemon.dataset.formats import Chat, Document
@@ -114,7 +117,15 @@ class CannotRead:
     """Of the operating system; empty: something else stands there by now."""
 
 
-Answer = Encoded | EncodedStretch | Survey | CannotEncode | CannotRead
+@dataclass(frozen=True)
+class Ended:
+    """The process ended before it answered."""
+
+    is_out_of_memory: bool
+    """It ran out of memory, or was killed while the kernel killed for want of it."""
+
+
+Answer = Encoded | EncodedStretch | Survey | CannotEncode | CannotRead | Ended
 
 
 class Encoder:
@@ -264,6 +275,7 @@ class EncodeProcess:
         with _guard:
             self._process, self._pipe = _ready.pop() if _ready else _spawn()
         _send_data(self._pipe, tokenizer, data)
+        self._oom_kills = _oom_kills()
         self._take, self._give, self._is_waited_for = take, give, is_waited_for
         threading.Thread(target=self._run, name="encode", daemon=True).start()
 
@@ -274,16 +286,21 @@ class EncodeProcess:
                 self._pipe.send((work, self._is_waited_for()))
                 answer: Answer = self._pipe.recv()
             except (EOFError, OSError):
-                answer = CannotEncode(_ENDED, is_data=False)
+                answer = self._end()
             self._give(what, answer)
         self._pipe.close()
         self._process.join()
 
+    def _end(self) -> Ended:
+        self._process.join()
+        status = self._process.exitcode
+        if status == -signal.SIGKILL:
+            return Ended(_oom_kills() != self._oom_kills)
+        return Ended(status == _OUT_OF_MEMORY)
 
-_ENDED = Text(
-    "The process that makes tokens of the data ended; was there too little memory?",
-    "为数据分词的进程已意外结束；是否内存不足？",
-)
+
+_OUT_OF_MEMORY = 12
+"""Exit status of a process that could get no more memory."""
 
 _ready: list[tuple[BaseProcess, Connection]] = []
 """Processes that were forked ahead, and nobody has taken yet."""
@@ -296,7 +313,10 @@ def most_processes() -> int:
 
 
 def fork_ahead() -> None:
-    """Forks the processes of a run to come; for a process that has one thread, and torch in it."""
+    """Forks the processes of a run to come; for a process that has one thread, and torch in it.
+
+    They inherit its mask: SIGTERM, which goes to all of a run, must be blocked.
+    """
     context = multiprocessing.get_context("fork")
     for _ in range(most_processes()):
         ours, theirs = context.Pipe()
@@ -320,6 +340,9 @@ def _spawn() -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_spawned, args=(theirs,), name="encode", daemon=True)
+    # It opens the mask of the thread that starts it, which later threads and processes inherit.
+    resource_tracker.ensure_running()
+    _block_sigterm()
     process.start()
     theirs.close()
     return process, ours
@@ -335,8 +358,21 @@ def _spawned(pipe: Connection) -> None:
 def _forked(pipe: Connection, others: Sequence[Connection]) -> None:
     for other in others:  # else it would hold open what tells the others of the run's end
         other.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _work(pipe)
+
+
+def _oom_kills() -> str:
+    """How often the kernel killed for want of memory, as it says; it counts before it kills."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line for line in lines if line.startswith("oom_kill ")), "")
+
+
+def _block_sigterm() -> None:
+    """A SIGTERM is the run's own process's to heed, which may want to save: see `control`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _send_data(pipe: Connection, tokenizer: str, data: int) -> None:
@@ -358,6 +394,7 @@ def _receive_data(pipe: Connection) -> tuple[str, int]:
 
 def _work(pipe: Connection) -> None:
     """Answers until the pipe ends."""
+    _block_sigterm()
     try:
         tokenizer, data = _receive_data(pipe)
     except (EOFError, OSError, ValueError):  # nobody needs it
@@ -379,3 +416,5 @@ def _work(pipe: Connection) -> None:
             pipe.send(encoder.do(work))
         except (EOFError, BrokenPipeError):
             return
+        except MemoryError:
+            sys.exit(_OUT_OF_MEMORY)

@@ -33,6 +33,7 @@ from finetuned_runner.encode_process import (
     Encoded,
     EncodeProcess,
     Encoder,
+    Ended,
     SurveyChats,
     Work,
     most_processes,
@@ -166,6 +167,8 @@ class Preparation:
         try:
             if isinstance(answer, CannotEncode):
                 raise self._cannot(answer)
+            if isinstance(answer, Ended):
+                raise _ended(answer)
             if isinstance(answer, CannotRead):
                 raise _cannot_read(self._file, answer.why)
             with self._changed:
@@ -211,6 +214,11 @@ class Preparation:
         raise NotImplementedError
 
     # --- for the recipe
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the preparation."""
+        return self._failure
 
     def close(self) -> None:
         """The run is over: what was made and not kept goes."""
@@ -500,6 +508,13 @@ def check_lines(path: Path, bad: Sequence[BadLine], num_bad: int, num_good: int)
 def unreadable(path: Path, error: OSError) -> RunFailed:
     """Why a run can't go on without a file."""
     return _cannot_read(path, error.strerror or str(error))
+
+
+def _ended(answer: Ended) -> RunFailed:
+    return RunFailed(
+        EndReason.HOST_OUT_OF_MEMORY if answer.is_out_of_memory else EndReason.RUNNER_CRASHED,
+        "The process that makes tokens of the data ended; was there too little memory?",
+    )
 
 
 def _cannot_read(path: Path, why: str) -> RunFailed:

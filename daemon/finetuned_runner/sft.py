@@ -12,6 +12,7 @@ from finetuned_runner import trial
 from finetuned_runner.arguments import plan_precision
 from finetuned_runner.control import Watch
 from finetuned_runner.data import Prepared, begin, samples
+from finetuned_runner.failures import RunFailed
 from finetuned_runner.finish import abandoned, completed, stopped
 from finetuned_runner.model import (
     Model,
@@ -79,7 +80,12 @@ def run(spec: Spec, report: Report, watch: Watch, prepared: Prepared | None = No
     if data.attach_lora and lora.use_lora:  # it gave the weights; nothing else of it counts
         resume = None
     watch.begin_training()
-    trainer.run(Path(resume) if resume else None)
+    try:
+        trainer.run(Path(resume) if resume else None)
+    except RunFailed as error:
+        if prepared.ended_by(error):  # the training was in order so far
+            trainer.save_at_stop()
+        raise
     if trainer.is_stopped:
         return stopped(trainer, watch)
 

@@ -40,6 +40,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+from finetuned_runner.control import mask_signals
 from finetuned_runner.encode_process import fork_ahead
 from finetuned_runner.environment import hide_bitsandbytes, prepare_imports
 
@@ -101,6 +102,9 @@ def wait(mode: Mode, model: str = "") -> Path | None:
             return None
         if pid is None:
             _leave_standby(request, control)
+            # What these processes inherit: they are forked before the run sets it for itself.
+            prepare_imports()
+            mask_signals()
             fork_ahead()
             return Path(request.run_dir)
         os.close(request.console)
@@ -319,6 +323,10 @@ def _rename(run_dir: str) -> None:
 # --- what it was made of
 
 _Stamp = tuple[int, int, int]
+_UNKNOWN: _Stamp = (0, 0, 0)
+"""No file's."""
+_SLACK_SECONDS = 2.0
+"""What the start of a process is known to, and the times of files."""
 
 
 class _Loaded:
@@ -326,14 +334,24 @@ class _Loaded:
 
     def __init__(self) -> None:
         # Before the imports: a folder that changes meanwhile shows a change afterwards.
-        self._stamps = {path: _stamp(path) for path in (*sys.path, sys.executable) if path}
+        self._stamps: dict[str, _Stamp | None] = {
+            path: _stamp(path) for path in (*sys.path, sys.executable) if path
+        }
 
     def remember_files(self) -> None:
-        """Takes note of the modules' files, once they are imported."""
+        """Takes note of the modules' files, once they are imported.
+
+        A file that has changed since this process began may have been read before it did: it counts
+        as changed ever after.
+        """
+        import psutil
+
+        begun = int((psutil.Process().create_time() - _SLACK_SECONDS) * 1e9)
         for module in list(sys.modules.values()):
             path: Any = getattr(module, "__file__", None)
-            if isinstance(path, str):
-                self._stamps.setdefault(path, _stamp(path))
+            if isinstance(path, str) and path not in self._stamps:
+                is_new = _changed_ns(path) >= begun
+                self._stamps[path] = _UNKNOWN if is_new else _stamp(path)
 
     def change(self) -> str:
         """What is not as it was; empty: all is."""
@@ -341,6 +359,14 @@ class _Loaded:
             if _stamp(path) != stamp:
                 return f"{path} has changed"
         return ""
+
+
+def _changed_ns(path: str) -> int:
+    """When a file changed in any way; unlike the time of its content nobody can set it back."""
+    try:
+        return Path(path).stat().st_ctime_ns
+    except OSError:
+        return 0
 
 
 def _stamp(path: str) -> _Stamp | None:

@@ -132,12 +132,8 @@ class RunTrainer(ComputingTrainer):
                 else:  # it broke off after its last step; the plain Trainer would train one more
                     self._load_from_checkpoint(str(resume))
                     self._skip_to(manifest.step)
-            if (
-                self.is_stopped
-                and self._watch.wish is StopWish.SAVE
-                and self.state.global_step > self._first_step
-            ):
-                self._save_at_stop()
+            if self.is_stopped and self._watch.wish is StopWish.SAVE:
+                self.save_at_stop()
 
     def _skip_to(self, step: int) -> None:
         self.state.global_step = self._report.step = step
@@ -392,8 +388,9 @@ class RunTrainer(ComputingTrainer):
             checkpoint.remove_folder(path)
             self._report.emit(CheckpointDeleted(path=str(path), step=step))
 
-    def _save_at_stop(self) -> None:
-        if self.saved_here() is not None:
+    def save_at_stop(self) -> None:
+        """Saves the last whole step, if this process did any and it isn't saved."""
+        if self.state.global_step <= self._first_step or self.saved_here() is not None:
             return
         # The wish may have come between two optimizer steps: the random generators go back to where
         # the weights are.

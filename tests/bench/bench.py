@@ -9,7 +9,7 @@ folder of its own: what one leaves behind, or how it ends, is no matter of the n
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -131,16 +131,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="where the parts may write; by default the system's temporary folder, or where that "
         "lies in memory the home folder",
     )
+    parser.add_argument("--trial", default="", metavar="PARTS", help=argparse.SUPPRESS)
     parser.add_argument("--in-process", metavar="PART", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.in_process:
         return _run_here(given.in_process, Options(given.rounds, given.quick, given.folder))
     names = given.parts.replace(",", " ").split()
-    unknown = [name for name in names if importlib.util.find_spec(name) is None]
+    unknown = [name for name in names if name not in (*PARTS, *given.trial.split())]
     if unknown or not names:
         parser.error(f"no such part: {' '.join(unknown)}; there are {' '.join(PARTS)}")
     if given.rounds < 1:
         parser.error("--rounds is at least 1")
+    try:
+        _check_writable(given.json)
+    except OSError as error:
+        parser.error(f"--json {given.json} can't be written: {error.strerror}")
     root = given.folder or disk_folder()
     results = Results(
         {"parts": names, "rounds": given.rounds, "quick": given.quick},
@@ -148,16 +153,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
     print(told(results.machine), flush=True)
+    is_written = True
     try:
         for name in names:
             results.parts.append(measure(name, given.rounds, quick=given.quick, root=root))
             print(report(results.parts[-1]), flush=True)
-            _write(given.json, results)
+            is_written = _write(given.json, results)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     print(summary(results, quick=given.quick))
-    return 1 if results.failed or (results.missed and not given.quick) else 0
+    is_bad = results.failed or (results.missed and not given.quick) or not is_written
+    return 1 if is_bad else 0
 
 
 def measure(name: str, rounds: int, *, quick: bool, root: Path) -> Measured:
@@ -206,10 +213,25 @@ def _run_here(name: str, options: Options) -> int:
     return 1 if "error" in answer else 0
 
 
-def _write(path: Path | None, results: Results) -> None:
-    """After each part, so that an interruption leaves what was measured."""
+def _check_writable(path: Path | None) -> None:
+    """Raises OSError where the file can't be written; leaves what is there as it is."""
     if path is not None:
+        was_there = path.exists()
+        path.open("a").close()
+        if not was_there:
+            path.unlink()
+
+
+def _write(path: Path | None, results: Results) -> bool:
+    """After each part, so that an interruption leaves what was measured; False: it can't be."""
+    if path is None:
+        return True
+    try:
         path.write_text(json.dumps(results.to_json(), indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:  # what is measured is printed all the same
+        print(f"{path} can't be written: {error.strerror}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 # --- what is printed

@@ -1,8 +1,9 @@
 """A grpc.aio server that pushes: `python pusher.py SOCKET JSON`, the limit of `fanout`.
 
-It makes events of some tasks at a pace and sends them as one message every so often, the same ready
-bytes to every stream of a task, by nothing but grpc.aio. Of a file it sends the messages, one
-behind the other, each serialized as it is sent.
+It makes events of some tasks at a pace, two at once as a step has them, and sends them at once, the
+same ready bytes to every stream of a task, by nothing but grpc.aio. Only where the last message was
+less than a pause ago it waits for that to pass, and all that was made meanwhile goes in one. Of a
+file it sends the messages, one behind the other, each serialized as it is sent.
 """
 
 from __future__ import annotations
@@ -28,31 +29,47 @@ class Pusher:
     def __init__(self, pace: float, pause: float) -> None:
         self._pace = pace
         self._pause = pause
-        self._news = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Future[Any] = self._loop.create_future()
+        """The next message, and the same for the one behind it."""
+        self._made = list[event_pb2.Event]()
+        self._free_at = 0.0
+        self._is_due = False
         self._seq = 0
 
     async def make(self) -> None:
-        """Makes events, for ever."""
-        began, made = time.time(), 0
-        while True:
-            await asyncio.sleep(self._pause)
-            events = list[event_pb2.Event]()
-            while began + made / self._pace <= time.time():
-                events.append(self._event(began + made / self._pace))
-                made += 1
-            batch = task_service_pb2.EventBatch(events=events)
-            message = task_service_pb2.WatchTaskResponse(events=batch).SerializeToString()
-            news, self._news = self._news, asyncio.get_running_loop().create_future()
-            if events:
-                news.set_result(message)
+        """Makes events, for ever. Each has the time at which it was due, however late it is."""
+        began = time.time()
+        for number in itertools.count(1):
+            due = began + number * 2 / self._pace
+            await asyncio.sleep(due - time.time())
+            self._made += self._event(due), self._event(due)
+            if self._is_due:
+                continue
+            wait = self._free_at - self._loop.time()
+            if wait > 0:
+                self._is_due = True
+                self._loop.call_later(wait, self._send)
+            else:
+                self._send()
+
+    def _send(self) -> None:
+        batch = task_service_pb2.EventBatch(events=self._made)
+        message = task_service_pb2.WatchTaskResponse(events=batch).SerializeToString()
+        self._made, self._is_due = [], False
+        self._free_at = self._loop.time() + self._pause
+        news, self._news = self._news, self._loop.create_future()
+        news.set_result((message, self._news))
 
     async def push(self) -> AsyncIterator[bytes]:
         """A first message, then what is new."""
         yield task_service_pb2.WatchTaskResponse(
             snapshot=task_service_pb2.Snapshot(log_epoch="x")
         ).SerializeToString()
+        news = self._news
         while True:
-            yield await asyncio.shield(self._news)
+            message, news = await asyncio.shield(news)
+            yield message
 
     def _event(self, at: float) -> event_pb2.Event:
         self._seq += 1
@@ -84,10 +101,8 @@ def _replay(path: Path) -> Any:
 
 async def main(socket: str, given: dict[str, Any]) -> None:
     """Serves until it is killed."""
-    count = given.get("tasks", 1)
-    pushers = [
-        Pusher(given.get("pace", 1.0) / count, given.get("pause", 1.0)) for _ in range(count)
-    ]
+    count = given.get("tasks", 0)
+    pushers = [Pusher(given["pace"] / count, given["pause"]) for _ in range(count)]
     takes = itertools.cycle(pushers)
 
     async def push(request: bytes, context: Any) -> AsyncIterator[bytes]:
@@ -105,7 +120,7 @@ async def main(socket: str, given: dict[str, Any]) -> None:
     server.add_insecure_port(f"unix:{socket}")
     await server.start()
     print("ready", flush=True)
-    await asyncio.gather(*(pusher.make() for pusher in pushers))
+    await asyncio.gather(server.wait_for_termination(), *(pusher.make() for pusher in pushers))
 
 
 if __name__ == "__main__":

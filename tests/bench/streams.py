@@ -80,7 +80,7 @@ def _bare(folder: Path, count: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="ft-") as short:  # a socket's path must be short
         socket = Path(short) / "bare.sock"
         command = [sys.executable, str(Path(__file__).with_name("pusher.py")), str(socket)]
-        given = json.dumps({"replays": replays, "pause": 3600.0})
+        given = json.dumps({"replays": replays})
         with subprocess.Popen([*command, given], stdout=subprocess.PIPE) as bare:
             try:
                 assert bare.stdout is not None

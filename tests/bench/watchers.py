@@ -144,7 +144,10 @@ async def main(given: dict[str, Any]) -> None:
                 if all(watcher.seq >= ends[watcher.name] for watcher in watchers):
                     break
                 await asyncio.sleep(0.05)
-            answer = {"behind": sum(w.seq < ends[w.name] for w in watchers)}
+            answer = {
+                "behind": sum(w.seq < ends[w.name] for w in watchers),
+                "wrong": sum(w.wrong for w in watchers),
+            }
         elif word == "report":
             begin, end, path = rest.split(" ", 2)
             answer = _report(watchers, float(begin), float(end), Path(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,8 +55,14 @@ def train(daemon: Daemon, scene: Scene, runs: int, steps: int = STEPS) -> task_p
     """A task with so many runs that have ended."""
     task = daemon.create(scene.play(steps=steps, save_steps=steps // 2))
     for _ in range(runs):
-        daemon.tasks.StartTask(task_service_pb2.StartTaskRequest(name=task.name))
-        eventually(lambda: daemon.get(task.name).state == task_pb2.TASK_STATE_COMPLETED, "its end")
+        task = train_again(daemon, task)
+    return task
+
+
+def train_again(daemon: Daemon, task: task_pb2.Task) -> task_pb2.Task:
+    """The task once one more run of it has ended."""
+    daemon.tasks.StartTask(task_service_pb2.StartTaskRequest(name=task.name))
+    eventually(lambda: daemon.get(task.name).state == task_pb2.TASK_STATE_COMPLETED, "its end")
     return daemon.get(task.name)
 
 
@@ -191,3 +198,53 @@ def test_a_database_that_was_rewritten_says_what_it_said(daemon: Daemon, scene: 
     daemon.start()
     assert daemon.events(task.name) == events
     assert daemon.get(task.name) == task
+
+
+def test_a_task_with_a_long_log_is_deleted_whole_whatever_becomes_of_the_call(
+    daemon: Daemon, scene: Scene
+) -> None:
+    """A client that gives up, and a daemon that is killed, leave no half of it for good."""
+    task, other = (train(daemon, scene, 1, steps=6000) for _ in range(2))
+
+    def is_gone(name: str) -> bool:
+        listed = daemon.tasks.ListTasks(task_service_pb2.ListTasksRequest()).tasks
+        return name not in {each.name for each in listed}
+
+    def has_begun(name: str) -> bool:
+        with contextlib.suppress(grpc.RpcError):  # it is gone already
+            return first_seq(daemon, name) > 1
+        return True
+
+    def deleting(name: str) -> grpc.Future:
+        future = daemon.tasks.DeleteTask.future(task_service_pb2.DeleteTaskRequest(name=name))
+        eventually(lambda: has_begun(name), "it has begun")
+        return future
+
+    deleting(task.name).cancel()
+    eventually(lambda: is_gone(task.name), "it is finished")
+    deleting(other.name)
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: is_gone(other.name), "it is finished after the next start")
+    assert not list(daemon.paths.state_dir.glob("runs/*"))
+
+
+def test_a_task_that_is_started_while_its_log_is_thinned_out_keeps_its_end(
+    daemon: Daemon, scene: Scene
+) -> None:
+    """What was the end of the log, and is none any more, is listed with what stands for the run."""
+    task = train(daemon, scene, 1, steps=6000)
+    ends = end(daemon, task)
+    curve = metrics(daemon, task.name, 1)
+    scene.play(steps=3)
+    bound(daemon, used(daemon) // 2)
+    eventually(lambda: first_seq(daemon, task.name) > 1, "it has begun")
+    again = train_again(daemon, task)
+    goal = task.last_seq - TAIL + 1
+    eventually(lambda: first_seq(daemon, task.name) >= goal, "the first run is thinned out")
+    kept = of_run(daemon, task.name, 1)
+    looked_back_at = [e for e in ends if kinds([e]) & {"state_change", "result", "notice"}]
+    assert {"state_change", "result"} <= kinds(looked_back_at)
+    assert all(event in kept for event in looked_back_at)
+    assert metrics(daemon, task.name, 1) == curve
+    assert again.run == 2

@@ -54,6 +54,23 @@ def test_a_killed_daemon_loses_nothing_and_its_watcher_goes_on_without_gap_or_re
     assert steps == list(range(1, 10))
 
 
+def test_while_a_long_report_is_taken_over_calls_are_answered_all_the_time(
+    daemon: Daemon, scene: Scene
+) -> None:
+    """A client sees the task at many places on the way; all of it is there in the end."""
+    task = daemon.create(scene.play(steps=300, gated=True, lines=[60, 40]), start=True)
+    pid = eventually(lambda: run_of(daemon, task.name).pid, "the runner started")
+    daemon.kill()
+    scene.let_pass(300)
+    eventually(lambda: is_gone(pid), "the run ended")
+    daemon.start()
+    seen = set[int]()
+    while daemon.get(task.name).state == task_pb2.TASK_STATE_RUNNING:
+        seen.add(daemon.get(task.name).last_seq)
+    assert len(seen) > 8, "that many chunks, and a call between them"
+    assert daemon.wait(task.name, "COMPLETED").last_seq > 300 * 62
+
+
 def test_a_run_that_ended_unseen_is_what_it_says_of_itself(daemon: Daemon, scene: Scene) -> None:
     task = daemon.create(scene.play(steps=2, gated=True), start=True)
     pid = eventually(lambda: run_of(daemon, task.name).pid, "the runner started")

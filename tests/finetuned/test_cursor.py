@@ -15,7 +15,7 @@ from finetuned import (
     Task,
     TaskState,
 )
-from finetuned._watch import Cursor
+from finetuned._watch import Cursor, LogReplaced
 from finetuned.v1.event_pb2 import StateChange
 from finetuned.v1.task_service_pb2 import EventBatch, Heartbeat, WatchTaskResponse
 
@@ -24,8 +24,9 @@ def cursor(after_seq: int = 0, patience: float | None = None) -> Cursor:
     return Cursor("tasks/a", after_seq, "", True, patience)
 
 
-def snapshot(state: str, last_seq: int, epoch: str = "e") -> WatchTaskResponse:
+def snapshot(state: str, last_seq: int, epoch: str = "e", created: int = 1) -> WatchTaskResponse:
     task = Task(name="tasks/a", state=TaskState.Value(f"TASK_STATE_{state}"), last_seq=last_seq)
+    task.create_time.FromSeconds(created)
     return WatchTaskResponse(snapshot=Snapshot(task=task, log_epoch=epoch))
 
 
@@ -148,6 +149,20 @@ def test_another_log_is_out_of_range(last_seq: int) -> None:
     place.accept(event(1))
     with pytest.raises(OutOfRange):
         place.accept(snapshot("RUNNING", last_seq, "other"))
+
+
+def test_a_task_made_again_under_its_id_is_told_as_replaced_and_read_from_its_first_event() -> None:
+    """Its first events would be missing else, and nobody would know that it is another task."""
+    place = cursor()
+    place.accept(snapshot("RUNNING", 2))
+    place.accept(events(1, 2))
+    assert place.lost(DaemonUnavailable("gone")) is not None
+    with pytest.raises(OutOfRange) as raised:
+        place.accept(snapshot("RUNNING", 4, created=2))
+    assert place.lost(raised.value) == LogReplaced(after_seq=2)
+    assert (place.request().after_seq, place.request().log_epoch) == (0, "")
+    place.accept(snapshot("RUNNING", 4, created=2))
+    assert len(place.accept(events(1, 2, 3, 4))) == 4
 
 
 def test_a_log_shorter_than_what_was_seen_is_out_of_range() -> None:

@@ -18,14 +18,14 @@ from finetuned_daemon.errors import CursorOutOfRange
 from finetuned_daemon.events import compaction
 from finetuned_daemon.events.compaction import Compaction
 from finetuned_daemon.events.curves import Curves, Points
-from finetuned_daemon.events.digest import Digests, decode, encode
+from finetuned_daemon.events.digest import Digests, decode, encode, stays
 from finetuned_daemon.events.log import EventLog
 from finetuned_daemon.events.retention import Retention
 from finetuned_daemon.parameters.models import Parameters
 from finetuned_daemon.runs.contract import TrainingType
 from finetuned_daemon.store import integrity
 from finetuned_daemon.store.database import Database
-from finetuned_daemon.store.digest_rows import TAIL
+from finetuned_daemon.store.digest_rows import TAIL, DigestRows
 from finetuned_daemon.store.records import Records
 from finetuned_daemon.tasks import Run, Task, TaskState
 
@@ -73,13 +73,13 @@ print(tests.json.dumps(outcomes))
 """
 
 
-def fill(path: Path, state: TaskState = TaskState.COMPLETED) -> None:
+def fill(path: Path, state: TaskState = TaskState.COMPLETED, task_id: str = "some-task") -> None:
     """Writes a database with a task of some runs."""
     database = Database(path)
     records, log = Records(database), EventLog(database, 1.0)
     task = Task(
-        task_id="some-task",
-        display_name="some",
+        task_id=task_id,
+        display_name=task_id,
         training_type=TrainingType.SFT,
         parameters=Parameters(),
         state=state,
@@ -261,3 +261,90 @@ def test_curves_come_back_as_they_were_kept() -> None:
     ]
     assert decode(encode(curves)) == curves
     assert decode(encode([])) == []
+
+
+def edit(path: Path, times: int) -> None:
+    """Events of the task itself behind all that there are, as edits write them."""
+    database = Database(path)
+    log = EventLog(database, 1.0)
+    with database.transaction(durable=True) as connection:
+        for _ in range(times):
+            log.append(connection, 1, [event_pb2.Event(task_edited=event_pb2.TaskEdited())])
+    database.close()
+
+
+async def test_what_is_the_end_of_a_log_no_more_stays_as_well(tmp_path: Path) -> None:
+    """A task that is edited while its log is thinned out, and later, loses nothing that stays."""
+    path = tmp_path / "x.db"
+    fill(path)
+    database = Database(path)
+    rows, digests = DigestRows(database), Digests(database, Curves(database))
+    logs = rows.to_thin(0, 10, newest=False) + rows.to_thin(0, 10, newest=True)
+    for log in logs:
+        await digests.make(log, begin=True)
+    edit(path, 2 * TAIL)
+    for log in logs:
+        while rows.trim(log, 13, stays):
+            pass
+    database.close()
+    after = await said(path)
+    assert after[0] == EVENTS + TAIL + 1
+    for run, found in enumerate(after[2:], 1):
+        assert found[3] == [(run - 1) * (STEPS + 2) + 1, run * (STEPS + 2)]  # type: ignore[index]
+
+
+async def test_the_end_of_a_log_stays_where_a_bound_on_its_task_deletes_it(tmp_path: Path) -> None:
+    """The last events of a run that was thinned out are kept, and those of one that is gone not."""
+    for forget, kept in ((False, 1), (True, 0)):
+        path = tmp_path / f"{forget}.db"
+        fill(path)
+        await thin_out(path, forget=forget)
+        database = Database(path)
+        records, log = Records(database), EventLog(database, 1.0)
+        run = Run(
+            task_key=1,
+            number=RUNS + 1,
+            state=TaskState.COMPLETED,
+            device="cpu",
+            parameters=Parameters(),
+        )
+        with database.transaction(durable=True) as connection:
+            records.insert_run(connection, run)
+            log.append(connection, 1, [event_pb2.Event(run=RUNS + 1) for _ in range(STEPS)])
+        retention = Retention(database, Digests(database, Curves(database)), STEPS, 0)
+        await retention._trim(1)
+        assert log.first_seq(1) == EVENTS + 1
+        found = DigestRows(database).kept(1, RUNS, EVENTS - TAIL, EVENTS + 1, TAIL)
+        assert [event_pb2.Event.FromString(body).seq for body in found] == [EVENTS][:kept]
+        database.close()
+
+
+async def test_a_run_of_which_nothing_is_left_has_no_curve(tmp_path: Path) -> None:
+    """The last events of a task, which always stay, are not taken for a whole curve."""
+    fill(tmp_path / "x.db")
+    await thin_out(tmp_path / "x.db", forget=True)
+    database = Database(tmp_path / "x.db")
+    curves = Curves(database)
+    Digests(database, curves)
+    async with curves.of(1, RUNS) as found:
+        assert await found.thinned((), 0, 1000) == []
+    database.close()
+
+
+async def test_a_log_that_cant_be_read_holds_up_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said which it is; what its task has stays, and those of others are thinned out."""
+    path = tmp_path / "x.db"
+    fill(path)
+    fill(path, task_id="other-task")
+    database = Database(path)
+    with database.transaction(durable=True) as connection:
+        connection.execute("UPDATE events SET body = x'ffffff' WHERE task_key = 1 AND seq = 5")
+    database.close()
+    await thin_out(path)
+    assert "the log of run 1 of task 1 can't be thinned out" in caplog.text
+    database = Database(path)
+    rows = database.query("SELECT log FROM runs ORDER BY key")
+    assert [row["log"] for row in rows] == ["WHOLE"] * RUNS + ["THINNED"] * RUNS
+    database.close()

@@ -166,3 +166,16 @@ def test_runs_without_a_point_are_forgotten_too(
 
     asyncio.run(look())
     database.close()
+
+
+async def test_of_a_curve_that_was_thinned_out_the_number_of_points_is_scaled() -> None:
+    """All of them where all are asked for; behind a step about as many as there were, not more."""
+    whole = made([(step, {"a": math.sin(step)}) for step in range(1, 10_001)])
+    restored = RunCurves.restored(await whole.thinned((), 0, 1000))
+    for after, there in ((0, 10_000), (2500, 7500), (9000, 1000), (9999, 1)):
+        (points,) = await restored.thinned((), after, 1000)
+        assert len(points.steps) <= points.point_count
+        assert abs(points.point_count - there) <= 20
+        (piece,), _ = restored.page((), after, None, 5000)
+        assert piece.point_count == points.point_count
+    assert (await restored.thinned((), 0, 1000))[0].point_count == 10_000

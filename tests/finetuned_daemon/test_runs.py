@@ -60,6 +60,23 @@ def test_a_long_file_is_read_in_bounded_chunks_and_nothing_is_lost(tmp_path: Pat
     assert looks > 2
 
 
+def test_a_line_longer_than_a_chunk_is_read_whole_and_what_follows_it_comes_in_chunks(
+    tmp_path: Path,
+) -> None:
+    """One line of megabytes brings no more than itself at once."""
+    bundle = Bundle(tmp_path)
+    lines = [line(1), line(2, "y" * (3 << 20)), *(line(n, "z" * 900) for n in range(3, 1003))]
+    (tmp_path / "events.jsonl").write_bytes(b"".join(lines))
+    looks, offset, more = list[list[int]](), 0, True
+    while more:
+        new = bundle.read_events(offset)
+        looks.append([entry.seq for entry in new.lines])
+        offset, more = new.end, new.more
+    assert [seq for look in looks for seq in look] == list(range(1, 1003))
+    assert looks[:2] == [[1], [2]]
+    assert max(len(look) for look in looks) < 200
+
+
 def test_lines_that_are_no_events_are_counted_and_passed_over(tmp_path: Path) -> None:
     bundle = Bundle(tmp_path)
     (tmp_path / "events.jsonl").write_bytes(b"garbage\n\0\0\0\n" + line(1) + b'{"seq": 0}\n')

@@ -227,6 +227,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
+@pytest.fixture(scope="session")
+def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chats enough that their tokens are still made long after the first step."""
+    made = [
+        {"messages": [{"role": "user", "content": f"Number {number}?"}, answer]}
+        for number, answer in enumerate(
+            [{"role": "assistant", "content": "One word more. " * 60}] * 60_000
+        )
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("large") / "chats.jsonl", made)
+
+
 @pytest.fixture
 def shop(tmp_path: Path, models: Path) -> Iterator[Shop]:
     """Makes runs in a folder of the test's own."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from finetuned_daemon.runs.contract import EndReason, Notice, Spec, TrainingType
+from finetuned_daemon.runs.contract import EndReason, Notice, Progress, Spec, TrainingType
 from tiny import chats, documents, write_jsonl
 
 
@@ -364,3 +366,46 @@ assert found[0] == found[1] and len(found[0]) == 50
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_sigterm_to_the_group_saves_while_tokens_are_made(shop, large_file):
+    """It ends neither a process that makes them nor the run, which stops with a checkpoint."""
+    run = shop.start(shop.make(data={"train_file": str(large_file)}))
+    assert makers(run), "all tokens are made"
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 0
+    assert run.result.end_reason is EndReason.STOPPED_BY_USER
+    assert "SIGTERM" in run.result.message
+    assert [saved.cause for saved in run.checkpoints()] == ["signal"]
+
+
+def test_a_file_that_is_rewritten_while_the_run_trains_costs_no_step(shop, tmp_path, large_file):
+    """The run ends, as its data is gone, and leaves a checkpoint of what it has learned."""
+    file = tmp_path / "chats.jsonl"
+    file.write_bytes(large_file.read_bytes())
+    run = shop.start(shop.make(data={"train_file": str(file)}))
+    assert makers(run), "all tokens are made"
+    with file.open("r+b") as data:
+        data.write(b" " * file.stat().st_size)
+    assert run.wait() == 1
+    assert run.result.end_reason is EndReason.DATASET_INVALID
+    assert "written to while it was read" in run.result.message
+    assert [saved.step for saved in run.checkpoints()] == [run.result.step]
+
+
+def test_the_end_of_a_process_that_makes_tokens_is_not_blamed_on_the_model(shop, large_file):
+    """The run crashed then, says what ended, and leaves a checkpoint."""
+    run = shop.start(shop.make(data={"train_file": str(large_file)}))
+    for maker in makers(run):
+        maker.kill()
+    assert run.wait() == 1
+    assert run.result.end_reason is EndReason.RUNNER_CRASHED, run.result
+    assert "process that makes tokens" in run.result.message
+    assert [saved.step for saved in run.checkpoints()] == [run.result.step]
+
+
+def makers(run: Any) -> list[psutil.Process]:
+    """The processes that still make tokens of a run's data, once it trains."""
+    run.wait_for(lambda run: any(event.step for event in run.events(Progress)))
+    children = psutil.Process(run.process.pid).children()
+    return [child for child in children if "--multiprocessing-fork" in child.cmdline()]

@@ -989,7 +989,9 @@ class MetricSeries(_message.Message):
     metric: _builtins.str
     """Such as `loss`."""
     point_count: _builtins.int
-    """Points that there are, after `after_step`; more than were sent, where the curve is thinned out or goes on in the next page."""
+    """Points that there are, after `after_step`; more than were sent, where the curve is thinned out or goes on in the next page. With
+    `after_step`, of an old run whose events were deleted: about so many, as the points that are left lie evenly among them.
+    """
     @_builtins.property
     def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Optimizer steps, ascending. A step that was taken again after a pause or a kill stands once, with the value it has now."""

@@ -180,7 +180,8 @@ class TaskServiceServicer(object):
 
     def DeleteTask(self, request, context):
         """Deletes a task, its runs, events and run folders. What its runs wrote into the output folder stays, unless
-        `delete_outputs` is set: then the files go that its runs recorded writing, and no others.
+        `delete_outputs` is set: then the files go that its runs recorded writing, and no others. What has begun is finished though the
+        caller gives up: of a long log a daemon that ends meanwhile deletes the rest after its next start.
 
         FAILED_PRECONDITION: it is QUEUED, RUNNING or PAUSED; stop it first; or with `delete_outputs` a run of another task goes on from one
         of its checkpoints. ABORTED: stale `etag`. NOT_FOUND: there is none, which is also the answer to a repeat unless
@@ -280,7 +281,8 @@ class TaskServiceServicer(object):
         equally many points, the lowest and the highest, so that no peak is lost. Without, every point comes, page by page. Where a
         pause or a kill takes a run back to a checkpoint, the points behind it go as soon as it takes the first step again, and come
         anew. Of an old run whose events were deleted, to keep the database at its bound, at most 1000 points a curve are left, thinned
-        out in the same way; `point_count` says how many there were.
+        out in the same way; `point_count` says how many there were, behind `after_step` about how many. Where not even they are left,
+        there is no curve.
         INVALID_ARGUMENT: a bad page token or bound. NOT_FOUND: no such task or run. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -3,7 +3,7 @@
 import { Client as Channel } from "@grpc/grpc-js";
 
 import type { Endpoint, Place as Where } from "./connect.js";
-import { DaemonUnavailable, DeadlineExceeded, FinetunedError } from "./errors.js";
+import { DaemonUnavailable, DeadlineExceeded, FinetunedError, OutOfRange } from "./errors.js";
 import { checkCommand, type DaemonCommand, startDaemon } from "./launch.js";
 import { makeAbsolute } from "./local.js";
 import type { Method } from "./methods.js";
@@ -197,7 +197,15 @@ export class Caller {
             break;
           }
           this.#session.wasReached = true;
-          yield* place.accept(read.message);
+          let items: readonly Item[];
+          try {
+            items = place.accept(read.message);
+          } catch (error) {
+            if (!(error instanceof OutOfRange)) throw error;
+            failure = error; // the place is to say if it can begin anew
+            break;
+          }
+          yield* items;
           if (place.isDone) return;
         }
       } finally {

@@ -9,7 +9,7 @@ import { type ConnectionLost, Outage, type Place } from "./outage.js";
 const ENDED: ReadonlySet<TaskState> = new Set([TaskState.COMPLETED, TaskState.STOPPED, TaskState.FAILED]);
 
 // Reasons why a place that was good is none any more.
-const REPLACED: ReadonlySet<string> = new Set(["LOG_EPOCH_CHANGED", "SEQ_BEYOND_LAST"]);
+const REPLACED: ReadonlySet<string> = new Set(["LOG_EPOCH_CHANGED", "LOG_REPLACED", "SEQ_BEYOND_LAST"]);
 
 /** What a watch of a task yields: the task first and after each reconnection, then events by `seq`. */
 export type WatchItem =
@@ -33,8 +33,9 @@ export type WatchItem =
     })
   | {
       /**
-       * The daemon has another log now, after a restore or a loss of power; the watch goes on in it. A snapshot comes next, and
-       * then the events of the new log from its first on: what was made of those before is to be thrown away.
+       * There is another log now, and the watch goes on in it: after a restore or a loss of power, or where the task was deleted
+       * and made again under its id. A snapshot comes next, and then the events of the new log from its first on: what was made
+       * of those before is to be thrown away.
        */
       readonly type: "logReplaced";
       /** Last `seq` seen of the log before. */
@@ -70,6 +71,7 @@ export class Cursor implements Place<WatchTaskAsked, WatchTaskResponse, WatchIte
   readonly #outage: Outage;
   #seq: number;
   #logEpoch: string;
+  #created: number | undefined;
   #endSeq: number | undefined;
   #historySeq = 0;
   #wasFollowed = false;
@@ -106,6 +108,7 @@ export class Cursor implements Place<WatchTaskAsked, WatchTaskResponse, WatchIte
       const replaced = { type: "logReplaced", afterSeq: this.#seq } as const;
       this.#seq = 0;
       this.#logEpoch = "";
+      this.#created = undefined;
       return replaced;
     }
     const told = this.#outage.take(error);
@@ -122,7 +125,12 @@ export class Cursor implements Place<WatchTaskAsked, WatchTaskResponse, WatchIte
     if ((this.#logEpoch !== "" && this.#logEpoch !== logEpoch) || task.lastSeq < this.#seq) {
       throw new OutOfRange(`the event log of ${this.#name} was restored; watch again from 0`, { reason: "LOG_REPLACED" });
     }
+    const created = task.createTime?.getTime(); // one id may be given to two tasks in turn
+    if (this.#created !== undefined && this.#created !== created) {
+      throw new OutOfRange(`${this.#name} was deleted and made again; watch again from 0`, { reason: "LOG_REPLACED" });
+    }
     this.#logEpoch = logEpoch;
+    this.#created = created;
     this.#wasFollowed = true;
     // Up to here it is history: ends of earlier runs among it end no watch. Of a task that was never started otherwise, what has
     // ended since is a probe.

@@ -13,8 +13,8 @@ function cursor(afterSeq = 0, logEpoch = "", untilEnd = false): Cursor {
   return new Cursor("tasks/x", { afterSeq, logEpoch, untilEnd, reconnectTimeoutMs: undefined });
 }
 
-function snapshot(lastSeq: number, logEpoch = "a", state: TaskState = TaskState.RUNNING, firstSeq = 1): WatchTaskResponse {
-  const task = Task.fromPartial({ name: "tasks/x", lastSeq, state });
+function snapshot(lastSeq: number, logEpoch = "a", state: TaskState = TaskState.RUNNING, firstSeq = 1, created = 1): WatchTaskResponse {
+  const task = Task.fromPartial({ name: "tasks/x", lastSeq, state, createTime: new Date(created) });
   return { response: { $case: "snapshot", value: Snapshot.fromPartial({ task, logEpoch, firstSeq }) } };
 }
 
@@ -72,6 +72,24 @@ test("a log of another epoch that was watched is told as replaced, and read from
   assert.deepEqual(place.request(), { name: "tasks/x", afterSeq: 0, logEpoch: "", allowBatches: true });
   place.accept(snapshot(1, "b"));
   assert.equal(place.accept(event(1)).length, 1);
+});
+
+test("a task that was made again under its id is told as replaced, and read from its first event", () => {
+  const place = cursor();
+  place.accept(snapshot(2));
+  place.accept(events([1, 2]));
+  const another = snapshot(4, "a", TaskState.RUNNING, 1, 2);
+  assert.throws(
+    () => place.accept(another),
+    (error: unknown) => {
+      assert.ok(error instanceof OutOfRange);
+      assert.deepEqual(place.lost(error), { type: "logReplaced", afterSeq: 2 });
+      return true;
+    },
+  );
+  assert.equal(place.request().afterSeq, 0);
+  place.accept(another);
+  assert.equal(place.accept(events([1, 2, 3, 4])).length, 4);
 });
 
 test("a place that was never good is an error", () => {

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from finetuned_daemon.errors import DiskFull
-from finetuned_daemon.events.digest import Digests
+from finetuned_daemon.events.digest import Digests, stays
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.digest_rows import DigestRows, RunLog
 
@@ -49,6 +50,9 @@ class Compaction:
         self._bell = asyncio.Event()
         self._until_look = _LOOK_EVERY
         self._is_beyond = False
+        self._is_free = False
+        self._broken = set[int]()
+        """Rows of runs whose logs can't be thinned out, and are left alone until the next start."""
         self._worker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -67,6 +71,11 @@ class Compaction:
             self._until_look = _LOOK_EVERY
             self._bell.set()
 
+    def freed(self) -> None:
+        """A long log was deleted: what it took goes back to the disk."""
+        self._is_free = True
+        self._bell.set()
+
     async def close(self) -> None:
         """Ends it; what is left is done after the next start."""
         if self._worker is not None:
@@ -79,11 +88,17 @@ class Compaction:
             self._bell.clear()
             try:
                 for log in self._rows.unfinished():
-                    await self._delete(log)
+                    await self._tried(log, self._delete(log))
                 if self._most and self._database.used_bytes() > self._most:
                     await self._shrink()
-            except DiskFull as error:  # at the end of the next run it is tried again
+                if self._is_free:
+                    self._is_free = False
+                    await self._give_back()
+            # At the end of the next run it is tried again.
+            except (DiskFull, sqlite3.OperationalError) as error:
                 _log.warning("the logs of old runs can't be thinned out: %s", error)
+            except Exception:  # noqa: BLE001 - it goes on, whatever it was
+                _log.exception("the logs of old runs can't be thinned out")
 
     async def _shrink(self) -> None:
         before, began = self._database.used_bytes(), time.monotonic()
@@ -96,8 +111,7 @@ class Compaction:
             forgotten += found
             if not found:
                 break
-        while await self._gently(lambda: self._database.give_back(_PAGES_AT_ONCE)):
-            pass
+        await self._give_back()
         after = self._database.used_bytes()
         if thinned or forgotten:
             _log.info(
@@ -122,13 +136,38 @@ class Compaction:
                 if self._database.used_bytes() <= goal:
                     return count
                 after_key = log.run_key
-                await self._digests.make(log, begin=True)
-                await self._delete(log)
-                count += 1
+                count += await self._tried(log, self._thin(log))
         return count
 
+    async def _thin(self, log: RunLog) -> None:
+        await self._digests.make(log, begin=True)
+        await self._delete(log)
+
     async def _delete(self, log: RunLog) -> None:
-        while await self._gently(lambda: self._rows.trim(log, _AT_ONCE)):
+        while await self._gently(lambda: self._rows.trim(log, _AT_ONCE, stays)):
+            pass
+
+    async def _tried(self, log: RunLog, work: Coroutine[None, None, None]) -> bool:
+        """Whether it was done; what one run has that can't be read holds up no other."""
+        if log.run_key in self._broken:
+            work.close()
+            return False
+        try:
+            await work
+        except (DiskFull, sqlite3.OperationalError):  # it is not the run's
+            raise
+        except Exception:  # noqa: BLE001 - whatever is wrong with it
+            self._broken.add(log.run_key)
+            _log.exception(
+                "the log of run %d of task %d can't be thinned out, and is left until the next "
+                "start",
+                *(log.run, log.task_key),
+            )
+            return False
+        return True
+
+    async def _give_back(self) -> None:
+        while await self._gently(lambda: self._database.give_back(_PAGES_AT_ONCE)):
             pass
 
     async def _gently(self, step: Callable[[], int]) -> int:

@@ -226,7 +226,7 @@ class RunCurves:
             values=[column.values[index] for index in indices],
             epochs=[self._epochs[row] for row in rows],
             times=[self._times[row] for row in rows],
-            point_count=max(column.total, len(column.rows)) - first,
+            point_count=_scaled(column, first),
         )
 
     def _go_back_to(self, step: int) -> None:
@@ -238,6 +238,15 @@ class RunCurves:
             del column.rows[place:]
             del column.values[place:]
         self._columns = {name: c for name, c in self._columns.items() if c.rows}
+
+
+def _scaled(column: _Column, first: int) -> int:
+    """Points that a curve has or had from its `first` on.
+
+    Those that are left of one that was thinned out lie evenly among those that there were.
+    """
+    there, left = len(column.rows), len(column.rows) - first
+    return left if column.total <= there else -(-left * column.total // there)
 
 
 async def _thin(values: array[float], first: int, most: int) -> list[int]:

@@ -60,7 +60,7 @@ class Digests:
             after = piece[-1][0]
             for seq, run, body in piece:
                 event = event_pb2.Event.FromString(body)
-                if seq < end and event.WhichOneof("payload") in _LOOKED_BACK_AT:
+                if seq < end and _is_looked_back_at(event):
                     kept.append((seq, run, body))
                 if run == log.run:
                     begins = begins or seq
@@ -70,9 +70,14 @@ class Digests:
         self._rows.save(log, Digest(begins, encode(points), kept), begin=begin)
 
     def curves(self, task_key: int, run: int) -> RunCurves | None:
-        """The thinned curves of a run; None: its log is there, or nothing is."""
+        """The thinned curves of a run; None: its log is there.
+
+        None of them where nothing stands for it any more: the end of a log is no curve of a run.
+        """
         body = self._rows.curves(task_key, run)
-        return None if body is None else RunCurves.restored(decode(body))
+        if body is None:
+            return RunCurves.restored(()) if self._rows.is_gone(task_key, run) else None
+        return RunCurves.restored(decode(body))
 
     def events(
         self, task_key: int, run: int, after_seq: int, limit: int
@@ -86,6 +91,15 @@ class Digests:
             return None
         bodies = self._rows.kept(task_key, run, after_seq, first, limit)
         return [event_pb2.Event.FromString(body) for body in bodies]
+
+
+def stays(body: bytes) -> bool:
+    """Whether an event of this body stays where its run's are deleted."""
+    return _is_looked_back_at(event_pb2.Event.FromString(body))
+
+
+def _is_looked_back_at(event: event_pb2.Event) -> bool:
+    return event.WhichOneof("payload") in _LOOKED_BACK_AT
 
 
 def encode(curves: Sequence[Points]) -> bytes:

@@ -10,7 +10,7 @@ import logging
 
 from finetuned_daemon.errors import DiskFull
 from finetuned_daemon.events.compaction import Compaction
-from finetuned_daemon.events.digest import Digests
+from finetuned_daemon.events.digest import Digests, stays
 from finetuned_daemon.store.database import Database
 from finetuned_daemon.store.digest_rows import DigestRows
 from finetuned_daemon.store.event_rows import EventRows
@@ -59,18 +59,21 @@ class Retention:
         while True:
             task_key = await self._to_look_at.get()
             try:
-                await self._keep_digests(task_key)
-                is_over = False
-                while not is_over:
-                    is_over = not self._rows.trim(task_key, self._most, _AT_ONCE)
-                    await asyncio.sleep(0)
+                await self._trim(task_key)
             except DiskFull as error:  # at the end of its next run it is tried again
                 _log.warning("events can't be deleted: %s", error)
+            except Exception:  # noqa: BLE001 - of other tasks it says nothing
+                _log.exception("events of task %d can't be deleted", task_key)
 
-    async def _keep_digests(self, task_key: int) -> None:
-        """Keeps the curves, and what people look back at, of runs that lose events."""
-        newest = self._rows.loses_before(task_key, self._most)
-        if newest is None:
-            return
-        for log in self._logs.earlier(task_key, newest + 1):
-            await self._digests.make(log)
+    async def _trim(self, task_key: int) -> None:
+        """Deletes what is too much, once the curves of the runs that lose events are kept."""
+        kept = 0
+        # More runs lose events than a moment ago, where the task had a run meanwhile.
+        while newest := self._rows.loses_before(task_key, self._most):
+            if newest > kept:
+                for log in self._logs.earlier(task_key, newest + 1):
+                    await self._digests.make(log)
+                kept = newest
+            elif not self._rows.trim(task_key, self._most, _AT_ONCE, stays):
+                return
+            await asyncio.sleep(0)

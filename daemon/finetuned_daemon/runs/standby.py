@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -35,6 +35,8 @@ _ROOM_BYTES = 1 << 30
 """Memory that must be free before one is made: twice what it takes."""
 _REPLY_SECONDS = 2.0
 """The event loop waits for a fork, which takes 20 ms; in more than this something is wrong."""
+_WARM_SECONDS = 600.0
+"""For the imports, which take seconds, or a minute of a cold disk; in more something hangs."""
 _MOST_FAILURES = 3
 """In a row, before none is made any more."""
 
@@ -94,7 +96,7 @@ class Standby:
         self._orphans = orphans
         self._idle_seconds = 60 * config.standby_idle_minutes
         self._process: _Process | None = None
-        self._idle: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._failures = 0
         self._started = 0
         self._is_closed = False
@@ -143,7 +145,7 @@ class Standby:
         process.control.setblocking(False)
         self._process = process
         asyncio.get_running_loop().add_reader(process.control, self._hear, process)
-        self._rest()
+        self._wait(_WARM_SECONDS, self._has_hung)
 
     def start(
         self, run_dir: Path, console: IO[bytes], environment: Mapping[str, str], umask: int
@@ -237,34 +239,41 @@ class Standby:
         if process.mode:
             _log.info("the standby has ended")
         else:
-            self._failures += 1
-            self._is_off = self._failures >= _MOST_FAILURES
-            _log.warning(
-                "a standby could not be made, see %s%s",
-                self._log,
-                "; none is made any more" if self._is_off else "",
-            )
+            self._count_failure("could not be made")
         self.drop()
+
+    def _count_failure(self, what: str) -> None:
+        self._failures += 1
+        self._is_off = self._failures >= _MOST_FAILURES
+        _log.warning(
+            "a standby %s, see %s%s",
+            what,
+            self._log,
+            "; none is made any more" if self._is_off else "",
+        )
 
     def _rest(self) -> None:
         """Counts its idle time anew."""
-        if self._idle is not None:
-            self._idle.cancel()
-        loop = asyncio.get_running_loop()
-        self._idle = loop.call_later(self._idle_seconds, self._has_idled)
+        self._wait(self._idle_seconds, self._has_idled)
+
+    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, then)
+
+    def _has_hung(self) -> None:
+        self._count_failure(f"was not ready within {_WARM_SECONDS:g} seconds")
+        self.drop()
 
     def _has_idled(self) -> None:
-        if self._process is not None and not self._process.mode:
-            self._rest()  # it imports still
-            return
         _log.info("the standby is dropped: no run has started for a while")
         self.drop()
 
     def _let_go(self) -> _Process | None:
         process, self._process = self._process, None
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if process is not None:
             asyncio.get_running_loop().remove_reader(process.control)
             process.control.close()

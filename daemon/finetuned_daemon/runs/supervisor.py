@@ -61,6 +61,7 @@ _log = logging.getLogger(__name__)
 
 _DISK_FULL_RETRY_SECONDS = 2.0
 _FAULT_RETRY_SECONDS = 1.0
+_LONGEST_REST_SECONDS = 0.25
 _TRAINING = (RunPhase.TRAINING, RunPhase.EVALUATING, RunPhase.SAVING)
 _PROBE_PREFIX = ".finetuned-probe-"
 
@@ -108,6 +109,7 @@ class Supervisor:
         self._is_watched = is_watched
         self._launcher = Launcher(config)
         self._live: dict[int, _Live] = {}
+        self._resting = asyncio.Lock()
         self._endings: set[asyncio.Task[None]] = set()
 
     @property
@@ -319,11 +321,14 @@ class Supervisor:
         while True:
             # The order matters: what was written before the end is read after the end was seen.
             gone = live.process.gone.is_set()
+            began = time.monotonic()
             more = await self._ingest(live)
             if gone and not more:
                 break
             if more:
-                await asyncio.sleep(0)  # a long file is taken over in chunks; others get their turn
+                if not gone:
+                    self._urge(live)
+                await self._rest(time.monotonic() - began)
                 continue
             live.bundle.bound_console(BY_NAME["console_bytes"].default)
             self._urge(live)
@@ -336,6 +341,14 @@ class Supervisor:
             except TimeoutError:
                 pass
         await self._finish(live)
+
+    async def _rest(self, seconds: float) -> None:
+        """Leaves the loop to others for as long as a chunk of a long file has held it.
+
+        One run after the other, so that half of the time is others' however many runs catch up.
+        """
+        async with self._resting:
+            await asyncio.sleep(min(seconds, _LONGEST_REST_SECONDS))
 
     async def _ingest(self, live: _Live) -> bool:
         try:

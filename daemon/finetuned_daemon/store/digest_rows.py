@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -120,10 +120,15 @@ class DigestRows:
         )
         return int(row["last"] or 0) if row else 0
 
-    def trim(self, log: RunLog, at_once: int) -> bool:
+    def trim(self, log: RunLog, at_once: int, stays: Callable[[bytes], bool]) -> bool:
         """Deletes the oldest events of a task, up to the end of a run.
 
         Nothing where the task is gone or has a run under way.
+
+        Args:
+            log: The run.
+            at_once: Most events in this transaction.
+            stays: As `keep` has it.
 
         Returns:
             Whether there is more to delete than `at_once`.
@@ -136,6 +141,7 @@ class DigestRows:
                 return False
             first = min(row["goal"], row["first_seq"] + at_once)
             if first > row["first_seq"]:
+                keep(connection, log.task_key, first, stays)
                 connection.execute(
                     "DELETE FROM events WHERE task_key = ? AND seq < ?", (log.task_key, first)
                 )
@@ -148,6 +154,13 @@ class DigestRows:
             return False
 
     # --- digests
+
+    def is_gone(self, task_key: int, run: int) -> bool:
+        """Whether not even what stood for a run is left."""
+        row = self._database.query_one(
+            "SELECT log FROM runs WHERE task_key = ? AND number = ?", task_key, run
+        )
+        return row is not None and row["log"] == LogState.GONE
 
     def has(self, task_key: int, run: int) -> bool:
         """Whether a run has a digest."""
@@ -232,6 +245,48 @@ _END = f"""
         last_seq - {TAIL} + 1
     ) AS goal FROM tasks
 """  # noqa: S608 - numbers of ours
+
+
+def keep(
+    connection: sqlite3.Connection,
+    task_key: int,
+    before_seq: int,
+    stays: Callable[[bytes], bool],
+) -> None:
+    """Keeps what is to stay of events that are about to be deleted, in the same transaction.
+
+    A digest has what came before its end; but the end of a log moves, where its task is edited or
+    started meanwhile, and what was its end then goes with the rest. Nothing of a run that is gone.
+
+    Args:
+        connection: That of the transaction.
+        task_key: The task.
+        before_seq: The events before this one.
+        stays: Whether an event of this body is to stay.
+    """
+    rows = connection.execute(
+        "SELECT seq, run, body FROM events WHERE task_key = ? AND seq < ?", (task_key, before_seq)
+    ).fetchall()
+    # What is older than the newest that was kept is there, or was one too many.
+    newest = {run: _newest_kept(connection, task_key, run) for run in {row["run"] for row in rows}}
+    connection.executemany(
+        "INSERT OR IGNORE INTO kept_events VALUES (?, ?, ?, ?)",
+        [
+            (task_key, row["run"], row["seq"], row["body"])
+            for row in rows
+            if (last := newest[row["run"]]) is not None and row["seq"] > last and stays(row["body"])
+        ],
+    )
+
+
+def _newest_kept(connection: sqlite3.Connection, task_key: int, run: int) -> int | None:
+    """The number of the newest event of a run that is kept, 0 where none is; None: it is gone."""
+    row = connection.execute(
+        "SELECT (SELECT log FROM runs WHERE task_key = ?1 AND number = ?2) AS log, "
+        "(SELECT coalesce(max(seq), 0) FROM kept_events WHERE task_key = ?1 AND run = ?2) AS last",
+        (task_key, run),
+    ).fetchone()
+    return None if row["log"] == LogState.GONE else int(row["last"])
 
 
 def _run_log(row: sqlite3.Row) -> RunLog:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from finetuned_daemon.store.database import Database
+from finetuned_daemon.store.digest_rows import keep
 
 
 class EventRows:
@@ -131,6 +132,21 @@ class EventRows:
         )
         return [row["key"] for row in rows]
 
+    def begin_deletion(self, connection: sqlite3.Connection, task_key: int) -> None:
+        """Notes that a task is being deleted, which is finished whatever comes."""
+        connection.execute(
+            "INSERT OR REPLACE INTO meta VALUES (?, '')", (f"{_DELETING}{task_key}",)
+        )
+
+    def deletions(self) -> list[int]:
+        """Keys of the tasks that were being deleted as the daemon ended."""
+        rows = self._database.query("SELECT key FROM meta WHERE key LIKE ?", f"{_DELETING}%")
+        return [int(row["key"].removeprefix(_DELETING)) for row in rows]
+
+    def end_deletion(self, connection: sqlite3.Connection, task_key: int) -> None:
+        """It is deleted."""
+        connection.execute("DELETE FROM meta WHERE key = ?", (f"{_DELETING}{task_key}",))
+
     def shorten(self, task_key: int, at_once: int) -> bool:
         """Deletes the oldest events of a task; False where no more than `at_once` are left."""
         with self._database.transaction(durable=False) as connection:
@@ -158,10 +174,10 @@ class EventRows:
         )
         return None if row is None or row["run"] is None else int(row["run"])
 
-    def trim(self, task_key: int, most: int, at_once: int) -> bool:
+    def trim(self, task_key: int, most: int, at_once: int, stays: Callable[[bytes], bool]) -> bool:
         """Deletes the oldest events beyond `most`, never those of the newest run.
 
-        Only while the task has no run under way.
+        Only while the task has no run under way. `stays`: as `digest_rows.keep` has it.
 
         Returns:
             Whether there is more to delete than `at_once`.
@@ -175,6 +191,7 @@ class EventRows:
             if row is None or row["goal"] is None or row["first_seq"] >= row["goal"]:
                 return False
             first = min(row["goal"], row["first_seq"] + at_once)
+            keep(connection, task_key, first, stays)
             connection.execute(
                 "DELETE FROM events WHERE task_key = ? AND seq < ?", (task_key, first)
             )
@@ -182,6 +199,7 @@ class EventRows:
             return bool(first < row["goal"])
 
 
+_DELETING = "deleting "  # of `meta`, and the key of a task
 _HAS_ENDED = "state IN ('PENDING', 'COMPLETED', 'STOPPED', 'FAILED')"
 # The events of a run lie one behind the other, and the newest run's are the last.
 _NEWEST_RUNS_FIRST = (
