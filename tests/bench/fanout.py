@@ -514,9 +514,7 @@ def _measure(
     return seen
 
 
-def _due(
-    daemon: Daemon, names: list[tuple[str, int]], size: Size
-) -> Callable[[float, float], int]:
+def _due(daemon: Daemon, names: list[tuple[str, int]], size: Size) -> Callable[[float, float], int]:
     """Deliveries by what the daemon's log has."""
 
     def due(begin: float, end: float) -> int:
