@@ -9,6 +9,7 @@ second thread: they are at work at once.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -359,6 +360,13 @@ def _forked(pipe: Connection, others: Sequence[Connection]) -> None:
     for other in others:  # else it would hold open what tells the others of the run's end
         other.close()
     _work(pipe)
+
+
+@atexit.register  # before multiprocessing's own, which sends a SIGTERM, and waits
+def _end_all() -> None:
+    for process in multiprocessing.active_children():
+        if process.name == "encode":
+            process.kill()
 
 
 def _oom_kills() -> str:

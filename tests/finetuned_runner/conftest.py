@@ -233,7 +233,7 @@ def large_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = [
         {"messages": [{"role": "user", "content": f"Number {number}?"}, answer]}
         for number, answer in enumerate(
-            [{"role": "assistant", "content": "One word more. " * 60}] * 60_000
+            [{"role": "assistant", "content": "One word more. " * 60}] * 20_000
         )
     ]
     return write_jsonl(tmp_path_factory.mktemp("large") / "chats.jsonl", made)
