@@ -209,9 +209,12 @@ def test_a_run_that_was_frozen_goes_on_and_a_discard_stays_one(shop):
 def test_a_wish_during_start_or_preparation_ends_the_run_at_once(shop):
     waiting = shop.make("waiting")
     waiting.wish(StopWish.SAVE)
-    fifo = shop.root / "fifo.jsonl"
-    os.mkfifo(fifo)  # the data never comes
-    reading = shop.make("reading", data={"train_file": str(fifo)})
+    # It isn't certain that such a question leaves room for an answer: all are made before a step.
+    question = {"role": "user", "content": "How far did you come? " * 20}
+    answer = {"role": "assistant", "content": "Not far. " * 60}
+    many = shop.root / "many.jsonl"
+    write_jsonl(many, [{"messages": [question, answer]}] * 20_000)
+    reading = shop.make("reading", data={"train_file": str(many)})
     shop.start(waiting)
     shop.start(reading)
     reading.wait_for(lambda run: "PREPARING_DATA" in run.phases())
